@@ -1,0 +1,773 @@
+"""What two or more of the scripts share, in sections: command line from dataclasses, process group and seeds,
+checkpoints, metrics, small layers, colour and camera. Imports nothing of the project; see README.md for the scripts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the file, flag or value and says what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's main: a UserError or an OS error becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def opt(default: Any, help: str, *, group: str = "settings", choices: tuple | None = None) -> Any:
+    """A dataclass field that also describes its command-line flag."""
+    meta = {"help": help, "group": group, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+class CliParser(argparse.ArgumentParser):
+    """argparse with dashes and underscores both accepted in flags, defaults in --help and one-line errors."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def _get_option_tuples(self, option_string: str) -> list:
+        return []
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        args = sys.argv[1:] if args is None else list(args)
+        for i, arg in enumerate(args):
+            if arg == "--":
+                break
+            name, equals, value = arg.partition("=")
+            if name.startswith("--") and name.replace("-", "_") in known:
+                args[i] = known[name.replace("-", "_")] + equals + value
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _flag_type(hint: Any) -> tuple[type, bool, bool]:
+    """A field's type hint -> (scalar type, is it a list, may it be None)."""
+    args = typing.get_args(hint)
+    optional = type(None) in args
+    if optional:
+        hint = next(a for a in args if a is not type(None))
+        args = typing.get_args(hint)
+    if typing.get_origin(hint) in (list, tuple):
+        return args[0], True, optional
+    return hint, False, optional
+
+
+def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, skip: tuple[str, ...] = ()) -> None:
+    """One flag per `opt` field of a dataclass, in titled groups; booleans become --x/--no-x."""
+    hints, groups = typing.get_type_hints(cls), {g.title: g for g in parser._action_groups}
+    for field in dataclasses.fields(cls):
+        if field.name in skip or "help" not in field.metadata:
+            continue
+        title = field.metadata.get("group", "settings")
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        kind, many, _ = _flag_type(hints[field.name])
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        shared = {"dest": field.name, "default": default, "help": field.metadata.get("help", "").replace("%", "%%")}
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **shared)
+        else:
+            if many:
+                shared["nargs"] = "+"
+            group.add_argument(f"--{field.name}", type=kind, choices=field.metadata.get("choices"), **shared)
+
+
+def parse_dataclass(cls: type, argv: list[str] | None = None, description: str = "") -> Any:
+    """Command line -> a dataclass instance. `--config FILE.json` gives defaults, the command line wins; a key that is no
+    field is an error. ValueErrors of __post_init__ become UserErrors."""
+    parser = CliParser(description=description)
+    parser.add_argument("--config", metavar="FILE.json", help="settings to start from; the command line wins")
+    add_dataclass_flags(parser, cls)
+    path = parser.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**_read_settings(cls, Path(path), parser))
+    values = vars(parser.parse_args(argv))
+    values.pop("config")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
+    """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset decides"."""
+    hints = typing.get_type_hints(cls)
+    return [(f.name, hints[f.name] | None, dataclasses.field(default=None, metadata=f.metadata))
+            for f in dataclasses.fields(cls) if f.name not in skip]
+
+
+def _read_settings(cls: type, path: Path, parser: CliParser) -> dict:
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path}: must hold one JSON object of settings")
+    hints, actions = typing.get_type_hints(cls), {a.dest: a for a in parser._actions}
+    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise UserError(f"--config {path}: unknown settings {', '.join(unknown)}; --help lists the known ones")
+    for name, value in settings.items():
+        kind, many, optional = _flag_type(hints[name])
+        items = value if many and isinstance(value, list) else [value]
+        kinds = (int, float) if kind is float else kind
+        if value is None and optional:
+            continue
+        if any(not isinstance(v, kinds) or (isinstance(v, bool) and kind is not bool) for v in items):
+            raise UserError(f"--config {path}: {name} = {value!r} is not of type {kind.__name__}")
+        if actions[name].choices and any(v not in actions[name].choices for v in items):
+            raise UserError(f"--config {path}: {name} = {value!r}, choose from {', '.join(actions[name].choices)}")
+    return settings
+
+
+# --- process group and seeds ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of a run (torchrun's environment, or one process alone)."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
+        """For each flag: is it set on any rank?"""
+        if self.world_size == 1:
+            return flags
+        return tuple((self.sum(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist())
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def gather(self, item: Any) -> list:
+        """Every rank's picklable item, in rank order, on every rank."""
+        items = [item]
+        if self.world_size > 1:
+            items = [None] * self.world_size
+            dist.all_gather_object(items, item)
+        return items
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> device; plain `cuda` under torchrun is the local rank's card."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device is usable here; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+def init_process_group(device: str) -> tuple[Ranks, torch.device]:
+    """Join the group that torchrun announces in the environment (gloo on CPU, nccl on CUDA), if any."""
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    resolved = resolve_device(device, local)
+    if world > 1:
+        dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo")
+    return Ranks(int(os.environ.get("RANK", "0")), world, local), resolved
+
+
+def set_default_environment() -> None:
+    """CUDA's allocator settings, unless the user has some; called by main(), before the first CUDA tensor."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:256")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, CUDA included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# --- files and checkpoints ------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all: temporary file in the same folder, fsync, rename. A failure keeps the old file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: numpy and torch scalars and arrays unwrapped, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_json(value: Any, **kwargs: Any) -> str:
+    return json.dumps(_plain(value), allow_nan=False, **kwargs)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically."""
+    atomic_write(path, lambda file: file.write((to_json(value, indent=2) + "\n").encode()))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; UserError when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Save tensors and plain types atomically; read_checkpoint reads them back without unpickling code."""
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+CHECKPOINT_FORMAT = "hsi-checkpoint"
+
+
+def save_weights(path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict) -> None:
+    """Save weights as .safetensors, with what is needed to rebuild the model in its metadata."""
+    from safetensors.torch import save
+
+    metadata = {"format": CHECKPOINT_FORMAT, "model": model, "model_config": to_json(model_config), "data": to_json(data)}
+    payload = save({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata)
+    atomic_write(path, lambda file: file.write(payload))
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a trainer's checkpoint, a .safetensors file or a bare state dict, never running pickled code.
+
+    Returns a dict with at least `model`, `model_config`, `state_dict`, `ema` and `data` (None or {} where unknown).
+    Raises UserError when the file is missing, unreadable, or a pickle that holds more than tensors and plain types."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file; each means the same to the user
+        reason = "it holds more than tensors and plain types" if "weights_only" in str(error).lower() else "damaged"
+        raise UserError(f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    if "state_dict" not in state:
+        state = {"state_dict": state}
+    weights = state["state_dict"]
+    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"{path}: holds no model weights")
+    return {"model": None, "model_config": {}, "ema": None, "data": {}} | state
+
+
+def _read_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            meta, weights = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    return {"model": meta.get("model"), "model_config": json.loads(meta.get("model_config", "{}")), "ema": None,
+            "state_dict": weights, "data": json.loads(meta.get("data", "{}"))}
+
+
+def build_from_checkpoint(path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True) -> nn.Module:
+    """Rebuild a model from any checkpoint of the trainers; the averaged weights where there are any and `ema` is on."""
+    state = read_checkpoint(path)
+    if state["model"] not in (kind, None) or not state["model_config"]:
+        raise UserError(f"{path}: holds {state['model'] or 'bare weights'}, not a {kind} checkpoint with its configuration")
+    model = create(**state["model_config"])
+    load_weights(model, state["ema"] if ema and state["ema"] else state["state_dict"], path)
+    return model
+
+
+def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
+    """load_state_dict with a one-line UserError on a mismatch; a `module.` prefix of DDP is dropped."""
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2]
+        raise UserError(f"{path}: weights do not fit this model: {' '.join(first).strip()[:200]}") from None
+
+
+# --- a run's folder, log and signals ----------------------------------------------------------------------------------
+
+STOPPED = 75  # exit code of a run that a signal stopped after it saved: "try again" (EX_TEMPFAIL of sysexits.h)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes: `<output_dir>/<name>`; HSI_LOG_DIR and HSI_CKPT_DIR, when set, take logs and checkpoints to
+    `$VAR/<name>`."""
+
+    logs: Path
+    checkpoints: Path
+
+    @classmethod
+    def of(cls, output_dir: str, name: str) -> RunFolder:
+        logs, checkpoints = (os.environ.get(variable) or output_dir for variable in ("HSI_LOG_DIR", "HSI_CKPT_DIR"))
+        return cls(Path(logs, name), Path(checkpoints, name))
+
+    def resume_path(self, resume_from: str | None) -> Path | None:
+        """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one, None for a new run.
+        Raises UserError when a new run would write over an old one."""
+        last = self.checkpoints / "last.ckpt"
+        if resume_from == "auto":
+            return last if last.exists() else None
+        if resume_from:
+            return Path(resume_from)
+        for sign in (last, self.logs / "config.json"):
+            if sign.exists():
+                raise UserError(f"{sign.parent} holds a run: give --resume_from auto to go on, or another --experiment_name")
+        return None
+
+
+class RunLog:
+    """Writes metrics.jsonl and TensorBoard files (mirrored to Weights & Biases where asked); silent on ranks but 0."""
+
+    def __init__(self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict) -> None:
+        self.active, self.wandb = ranks.is_main, None
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():  # what a killed run logged after its last checkpoint is made again
+            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            atomic_write(path, lambda file: file.write("".join(kept).encode()))
+        self.lines, self.board = open(path, "a"), SummaryWriter(str(folder), purge_step=step + 1)  # noqa: SIM115
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the wandb package: pip install wandb, or leave --wandb away") from None
+            self.wandb = wandb.init(project=wandb_project, name=folder.name, config=settings, dir=str(folder))
+
+    def write(self, kind: str, step: int, values: dict) -> None:
+        if not self.active:
+            return
+        self.lines.write(to_json({"kind": kind, "step": step} | values) + "\n")
+        self.lines.flush()
+        scalars = {f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def figure(self, name: str, step: int, figure: Any) -> None:
+        if self.active:
+            self.board.add_figure(name, figure, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.lines.close()
+            self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask the loop to stop at its next safe point; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def rng_state() -> dict:
+    """State of the generators of torch (and CUDA) of this process; restore with set_rng_state."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def environment_record() -> dict:
+    """Versions, machine and git commit that a number was made with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": device,
+            "threads": torch.get_num_threads(), "git_commit": commit.stdout.strip() or None}
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak CUDA memory of this process, or its resident memory on a CPU, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+# All take (C, H, W) or (1, C, H, W) tensors in any memory layout and compute in float64. Definitions: the NTIRE 2022
+# spectral reconstruction challenge as the MST++ toolbox runs it, with a floor on MRAE's denominator.
+
+METRICS = ("mrae", "rmse", "psnr", "sam", "ergas", "ssim")
+
+
+def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    pred, target = pred.detach().double(), target.detach().double()
+    if pred.shape != target.shape:
+        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")
+    return (pred[0], target[0]) if pred.ndim == 4 else (pred, target)
+
+
+def mrae(pred: Tensor, target: Tensor, floor: float = 1e-6) -> float:
+    """Mean relative absolute error: mean(|pred - target| / max(target, floor))."""
+    pred, target = _pair(pred, target)
+    return ((pred - target).abs() / target.clamp_min(floor)).mean().item()
+
+
+def rmse(pred: Tensor, target: Tensor) -> float:
+    """Root mean squared error over all pixels and bands."""
+    pred, target = _pair(pred, target)
+    return (pred - target).square().mean().sqrt().item()
+
+
+def psnr(pred: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, both clamped to [0, 1], peak 1."""
+    pred, target = _pair(pred, target)
+    mse = (pred.clamp(0, 1) - target.clamp(0, 1)).square().mean().item()
+    return math.inf if mse == 0 else -10 * math.log10(mse)
+
+
+def sam_map(pred: Tensor, target: Tensor) -> Tensor:
+    """Spectral angle per pixel in degrees, (H, W)."""
+    pred, target = _pair(pred, target)
+    norms = pred.norm(dim=0) * target.norm(dim=0)
+    # atan2 of the two half-angle chords stays exact near 0, where acos of a rounded cosine gives 1e-6 degrees of noise
+    a, b = pred * target.norm(dim=0), target * pred.norm(dim=0)
+    angle = torch.rad2deg(2 * torch.atan2((a - b).norm(dim=0), (a + b).norm(dim=0)))
+    return torch.where(norms > 0, angle, torch.full_like(angle, 90.0))
+
+
+def sam(pred: Tensor, target: Tensor, dark: float = 0.01) -> float:
+    """Mean spectral angle in degrees over the pixels whose mean target is above `dark` (a black pixel has no angle)."""
+    lit = _pair(pred, target)[1].mean(dim=0) > dark
+    return sam_map(pred, target)[lit].mean().item() if lit.any() else math.nan
+
+
+def ergas(pred: Tensor, target: Tensor) -> float:
+    """Relative dimensionless global error in synthesis (Wald 2000) at a resolution ratio of 1, in percent; bands whose
+    mean is zero are left out."""
+    pred, target = _pair(pred, target)
+    mean = target.mean(dim=(1, 2))
+    ratio = (pred - target).square().mean(dim=(1, 2))[mean > 0] / mean[mean > 0].square()
+    return 100 * ratio.mean().sqrt().item() if len(ratio) else math.nan
+
+
+def ssim(pred: Tensor, target: Tensor) -> float:
+    """Structural similarity, 11x11 Gaussian window, peak 1, mean over bands (torchmetrics)."""
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
+    except ImportError:
+        raise UserError("SSIM needs torchmetrics: pip install -r requirements-extra.txt") from None
+    pred, target = (x[None].float().contiguous().clamp(0, 1) for x in _pair(pred, target))
+    return torchmetrics_ssim(pred, target, data_range=1.0).item()
+
+
+def crop_border(height: int, width: int, border: int = 128) -> tuple[int, int]:
+    """Border removed before scoring, in pixels per side; a quarter of the side on sides under 320 pixels."""
+    return tuple(min(border, side // 4) if side < 320 else border for side in (height, width))
+
+
+def centre_crop(x: Tensor, border: int = 128) -> Tensor:
+    """The protocol's centre: the border removed from the last two dimensions (226 x 256 of 482 x 512)."""
+    height, width = x.shape[-2:]
+    bh, bw = crop_border(height, width, border)
+    return x[..., bh : height - bh, bw : width - bw]
+
+
+def scene_metrics(pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: int = 128, with_ssim: bool = False) -> dict:
+    """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with floor 0.01 beside it."""
+    result: dict[str, Any] = {}
+    for suffix, cut in (("", lambda x: centre_crop(x, border)), ("_full", lambda x: x)):
+        p, t = cut(pred), cut(target)
+        result |= {f"mrae{suffix}": mrae(p, t, floor), f"rmse{suffix}": rmse(p, t), f"psnr{suffix}": psnr(p, t),
+                   f"sam{suffix}": sam(p, t), f"ergas{suffix}": ergas(p, t), f"mrae_floor_0.01{suffix}": mrae(p, t, 0.01)}
+        if with_ssim:
+            result[f"ssim{suffix}"] = ssim(p, t)
+    return result | {"border": list(crop_border(*target.shape[-2:], border)), "metric_floor": floor}
+
+
+def per_band_metrics(pred: Tensor, target: Tensor, floor: float = 1e-6) -> dict[str, list[float]]:
+    """MRAE, RMSE and PSNR of every band."""
+    bands = list(zip(*_pair(pred, target), strict=True))
+    return {"mrae": [mrae(p[None], t[None], floor) for p, t in bands], "rmse": [rmse(p[None], t[None]) for p, t in bands],
+            "psnr": [psnr(p[None], t[None]) for p, t in bands]}
+
+
+def mean_metrics(scenes: list[dict]) -> dict[str, float]:
+    """Mean over scenes of every number that scene_metrics gives."""
+    names = [k for k, v in scenes[0].items() if isinstance(v, float)]
+    return {name: float(np.nanmean([scene[name] for scene in scenes])) for name in names}
+
+
+def bootstrap_interval(values: list[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over scenes."""
+    values = np.asarray(values, float)
+    draws = values[np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch per sample with probability p and scales the rest by 1 / (1 - p) (stochastic depth)."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.p
+        return x * keep.to(x.dtype) / (1 - self.p)
+
+
+def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor = 0.0, high: float | Tensor = 255.0) -> Tensor:
+    """uint8-valued RGB -> float32: `unit` divides by 255, `per_image` maps the whole image's [low, high] to [0, 1]."""
+    rgb = rgb.float()
+    if rgb_norm == "unit":
+        return rgb / 255.0
+    if rgb_norm != "per_image":
+        raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
+    scale = torch.as_tensor(high, dtype=torch.float32) - low
+    return (rgb - low) / (scale.clamp_min(1.0) if isinstance(scale, Tensor) else max(scale, 1.0))
+
+
+def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> tuple[Tensor, Tensor]:
+    """The affine map RGB -> bands that minimises the squared error relative to max(target, floor), in closed form.
+
+    rgb (B, in, h, w) and cube (B, out, h, w) -> weight (out, in), bias (out), float32. Each band is its own weighted
+    least-squares problem: X' W X beta = X' W y with W = max(y, floor)^-2, solved in float64 with a slight ridge."""
+    pixels = [t.detach().movedim(1, -1).flatten(0, -2) for t in (rgb, cube)]
+    size, bands = rgb.shape[1] + 1, cube.shape[1]
+    gram = torch.zeros(bands, size * size, dtype=torch.float64, device=rgb.device)
+    moment = torch.zeros(bands, size, dtype=torch.float64, device=rgb.device)
+    for x, y in zip(*(t.split(2**15) for t in pixels), strict=True):  # chunks stay in cache
+        x, y = F.pad(x.double(), (0, 1), value=1.0), y.double()
+        w = y.clamp_min(floor).reciprocal().square_()
+        gram += w.T @ (x[:, :, None] * x[:, None, :]).flatten(1)
+        moment += w.mul_(y).T @ x
+    gram = gram.view(bands, size, size)
+    ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+    gram = gram + ridge[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
+    return beta[:, :-1].float(), beta[:, -1].float()
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad the right and bottom of (B, C, H, W) by repeating the edge so that both sides divide by `multiple`."""
+    height, width = x.shape[-2:]
+    pad = (-width % multiple, -height % multiple)
+    return F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate") if any(pad) else x
+
+
+# --- colour and camera ---
+
+# CIE 1964 10-degree colour matching functions x10, y10, z10 (CIE 15, Colorimetry), 380 to 780 nm, step 10 nm.
+_CIE_1964_XYZ = [
+    [0.00016, 0.002362, 0.01911, 0.084736, 0.204492, 0.314679, 0.383734, 0.370702, 0.302273, 0.195618, 0.080507,
+     0.016172, 0.003816, 0.037465, 0.117749, 0.236491, 0.376772, 0.529826, 0.705224, 0.878655, 1.01416, 1.11852,
+     1.12399, 1.03048, 0.856297, 0.647467, 0.431567, 0.268329, 0.152568, 0.081261, 0.040851, 0.019941, 0.009577,
+     0.004553, 0.002175, 0.001045, 0.000508, 0.000251, 0.000126, 0.000065, 0.000033],
+    [0.000017, 0.000253, 0.002004, 0.008756, 0.021391, 0.038676, 0.062077, 0.089456, 0.128201, 0.18519,
+     0.253589, 0.339133, 0.460777, 0.606741, 0.761757, 0.875211, 0.961988, 0.991761, 0.99734, 0.955552,
+     0.868934, 0.777405, 0.658341, 0.527963, 0.398057, 0.283493, 0.179828, 0.107633, 0.060281, 0.0318, 0.015905,
+     0.007749, 0.003718, 0.001768, 0.000846, 0.000407, 0.000199, 0.000098, 0.00005, 0.000025, 0.000013],
+    [0.000705, 0.010482, 0.086011, 0.389366, 0.972542, 1.55348, 1.96728, 1.9948, 1.74537, 1.31756, 0.772125,
+     0.415254, 0.218502, 0.112044, 0.060709, 0.030451, 0.013676, 0.003988, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+]
+CIE_1964 = (np.arange(380.0, 781.0, 10.0), np.array(_CIE_1964_XYZ).T)
+XYZ_TO_SRGB = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])
+D65_XYZ = np.array([0.9505, 1.0, 1.0890])  # both IEC 61966-2-1
+
+# Two cameras of our own as sums of lobes (height, peak nm, width nm below the peak, width nm above it): the piecewise
+# Gaussian of Wyman, Sloan and Shirley, "Simple Analytic Approximations to the CIE XYZ Color Matching Functions",
+# JCGT 2(2), 2013, eq. 4, with overlaps and side lobes like the cameras of Jiang et al., "What is the Space of Spectral
+# Sensitivity Functions for Digital Color Cameras?", WACV 2013.
+CAMERAS = {
+    "analytic": ([(1.0, 602, 22, 36), (0.10, 535, 30, 30), (0.04, 440, 20, 20)],
+                 [(1.0, 532, 34, 38), (0.08, 440, 25, 25), (0.05, 640, 30, 30)],
+                 [(1.0, 458, 26, 30), (0.07, 530, 25, 35)]),
+    "analytic2": ([(1.0, 592, 18, 46), (0.16, 520, 35, 30), (0.10, 430, 20, 25)],
+                  [(1.0, 545, 42, 34), (0.14, 470, 30, 25)],
+                  [(1.0, 446, 22, 38), (0.12, 545, 30, 40)]),
+}
+
+
+def sum_of_lobes(nm: np.ndarray, lobes: list[tuple[float, float, float, float]]) -> np.ndarray:
+    """A smooth spectrum: piecewise Gaussians (height, peak, width below, width above), in nm."""
+    return sum(a * np.exp(-0.5 * ((nm - peak) / np.where(nm < peak, low, high)) ** 2) for a, peak, low, high in lobes)
+
+
+def _resample(table: np.ndarray, at: np.ndarray, wavelengths: np.ndarray) -> np.ndarray:
+    return np.stack([np.interp(wavelengths, at, column, left=0.0, right=0.0) for column in table.T], axis=1)
+
+
+def camera_response(camera: str, wavelengths: list[float] | np.ndarray) -> np.ndarray:
+    """Weights (bands, 3) that make R, G, B of a spectrum: band width x sensitivity, with the gain at which a perfect
+    white (all bands 1) is 1. camera: `analytic`, `analytic2`, `cie1964`, or a CSV file with rows nm,r,g,b."""
+    nm = np.asarray(wavelengths, np.float64)
+    if camera in CAMERAS:
+        response = np.stack([sum_of_lobes(nm, lobes) for lobes in CAMERAS[camera]], axis=1)
+    elif camera == "cie1964":
+        response = _resample(CIE_1964[1], CIE_1964[0], nm)
+    else:
+        response = _read_camera_csv(camera, nm)
+    response = response * (np.abs(np.gradient(nm)) if len(nm) > 1 else 1.0)[:, None]
+    total = response.sum(axis=0)
+    if not (total > 1e-6).all():
+        raise UserError(f"camera {camera}: channel {'RGB'[int(np.argmin(total))]} sees nothing of "
+                        f"{nm.min():g}-{nm.max():g} nm; choose another camera")
+    return response / total
+
+
+def _read_camera_csv(path: str, nm: np.ndarray) -> np.ndarray:
+    if not Path(path).is_file():
+        raise UserError(f"camera {path}: choose {', '.join(CAMERAS)}, cie1964, or a CSV file with rows nm,r,g,b")
+    try:
+        table = np.atleast_2d(np.genfromtxt(path, delimiter=",", dtype=np.float64))
+    except ValueError as error:
+        raise UserError(f"camera {path}: {error}; rows must be nm,r,g,b") from None
+    table = table[1:] if np.isnan(table[0]).all() else table  # a header line
+    if len(table) < 2 or table.shape[1] != 4 or not np.isfinite(table).all():
+        raise UserError(f"camera {path}: needs two or more rows of four numbers nm,r,g,b")
+    table = table[np.argsort(table[:, 0])]
+    return _resample(table[:, 1:], table[:, 0], nm)
+
+
+def render_rgb(cube: np.ndarray, response: np.ndarray, *, rng: np.random.Generator, exposure: float | None = None,
+               electrons: float = 750, jpeg_quality: int = 65) -> tuple[np.ndarray, bytes]:
+    """The field's photo of a cube (H, W, bands): camera, exposure, Poisson noise, clip, 8 bit, JPEG. Linear, no gamma.
+
+    exposure: a fixed gain (1: perfect white is full scale), or None: mean signal 0.18 of full scale, another brightness
+    for each scene. electrons: photo-electrons at full scale, 0 for no noise. -> (uint8 (H, W, 3), the JPEG file)."""
+    signal = np.maximum(cube.astype(np.float32, copy=False) @ response.astype(np.float32), 0)
+    signal *= 0.18 / max(float(signal.mean()), 1e-9) if exposure is None else exposure
+    if electrons:
+        signal = rng.poisson(np.minimum(signal, 4.0) * electrons) / electrons  # 4: well above the clip
+    encoded = io.BytesIO()
+    frame = np.rint(np.clip(signal, 0, 1) * 255).astype(np.uint8)
+    Image.fromarray(frame).save(encoded, "JPEG", quality=jpeg_quality)
+    return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
+
+
+def cube_to_srgb(cube: np.ndarray, wavelengths: list[float] | np.ndarray) -> np.ndarray:
+    """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1]: the CIE 1964 observer, balanced so
+    that a flat spectrum of 1 is sRGB's D65 white. camera_response and render_rgb make the RGB to train on."""
+    xyz = camera_response("cie1964", wavelengths) * D65_XYZ
+    linear = np.clip(cube.astype(np.float32, copy=False) @ (xyz @ XYZ_TO_SRGB.T).astype(np.float32), 0, 1)
+    gamma = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(gamma * 255).astype(np.uint8)
+
+
+def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float]) -> Any:
+    """A matplotlib figure of one scene, all (C, H, W): the input, the prediction rendered, its error, and spectra."""
+    from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
+
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
+    axes[0].imshow(rgb.movedim(0, -1).clamp(0, 1).numpy())
+    axes[1].imshow(cube_to_srgb(pred.movedim(0, -1).numpy(), np.asarray(wavelengths)))
+    error = ((pred - target).abs() / target.clamp_min(0.01)).mean(0)
+    figure.colorbar(axes[2].imshow(error.numpy(), vmin=0, vmax=0.5, cmap="magma"), ax=axes[2])
+    height, width = target.shape[1:]
+    for i, (y, x) in enumerate([(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, width // 3)]):
+        axes[3].plot(wavelengths, target[:, y, x].numpy(), f"C{i}-", label=f"({x}, {y}) measured")
+        axes[3].plot(wavelengths, pred[:, y, x].numpy(), f"C{i}--", label="predicted")
+        axes[0].plot(x, y, f"C{i}o")
+    axes[3].set_xlabel("wavelength (nm)")
+    axes[3].legend(fontsize=7)
+    for axis, title in zip(axes, ("RGB", "prediction", "relative error", "spectra"), strict=True):
+        axis.set_title(title)
+    return figure

@@ -1,0 +1,477 @@
+"""HSIFusionNet v2.5.3 "Lightning Pro": an RGB image in, a hyperspectral cube out.
+
+    from hsifusion_v252_complete import create_hsifusion_lightning_pro
+    model = create_hsifusion_lightning_pro("tiny")
+    cube = model(rgb)                                   # (B, 3, H, W) -> (B, 31, H, W)
+
+A U-net works at half resolution and below, in blocks of sliding-window attention, spectral (channel) attention and an
+MLP. Its features are brought up to full resolution, where they steer a small per-pixel network. What that network
+predicts is a correction relative to the pixel's intensity, added to a linear map from RGB to the bands: the map is
+fitted in closed form before training (`fit_spectral_path`), and a dark pixel is as well conditioned as a bright one.
+
+Features are (B, H, W, C) throughout: rows of tokens to a linear layer, a channels_last image to a convolution, and no
+copy between the two. Levels halve with a ceiling, so no size needs padding but the odd row that a 2 x 2 cell lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common_utils_v32 import DropPath, build_from_checkpoint, fit_linear_spectral_path, opt
+from sharp_v322_hardened import sparse_attention_topk_streaming
+
+SIZES = {
+    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 4, 8)},
+    "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (4, 4, 8)},
+    "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (4, 8, 8)},
+    "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (4, 8, 8)},
+}
+LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of the resolution
+PIXEL_CHANNELS = 48  # width of the full-resolution network
+CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
+DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
+
+
+@dataclass
+class LightningProConfig:
+    """Settings of HSIFusionNet. Tuples have one entry per level, fine to coarse."""
+
+    in_channels: int = opt(3, "channels of the input image", group="model")
+    out_channels: int = opt(31, "bands of the output cube", group="model")
+    base_channels: int = opt(64, "channels at half resolution; coarser levels are wider", group="model")
+    depths: tuple[int, ...] = opt((2, 2, 2), "blocks per level; a decoder level has one less, at least one", group="model")
+    num_heads: tuple[int, ...] = opt((4, 4, 8), "attention heads per level, half of them spectral", group="model")
+    window_size: int = opt(8, "side of an attention window, tokens; windows overlap by a quarter", group="model")
+    mlp_ratio: float = opt(2.0, "hidden width of an MLP over its input width", group="model")
+
+    enable_spectral: bool = opt(True, "give half of the heads to spectral attention", group="model features")
+    use_sliding_window: bool = opt(True, "window attention; off: attention over the whole frame", group="model features")
+    use_sparse_attention: bool = opt(False, "whole-frame attention keeps the top tenth of keys", group="model features")
+    use_moe: bool = opt(False, "mixture of experts in place of the MLP", group="model features")
+    num_experts: int = opt(4, "experts of a mixture; each token goes to two", group="model features")
+    use_rope: bool = opt(True, "rotary positions in windows", group="model features")
+    use_channels_last: bool = opt(True, "convolutions and output in channels_last memory", group="model features")
+    use_cross_attention: bool = opt(False, "decoder attends to pooled skips", group="model features")
+    estimate_uncertainty: bool = opt(False, "also return a Laplace scale per value", group="model features")
+
+    drop_path: float = opt(0.0, "chance to drop a block's branch, rising with depth", group="model regularisation")
+    dropout: float = opt(0.0, "dropout inside MLPs", group="model regularisation")
+    auxiliary_loss_weight: float = opt(0.01, "weight of the experts' balancing loss", group="model regularisation")
+    min_input_size: int = opt(64, "smallest accepted height and width, pixels", group="model regularisation")
+    use_checkpoint: bool = opt(False, "recompute blocks in backward to save memory", group="model regularisation")
+
+    def __post_init__(self) -> None:
+        self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
+        for name in ("in_channels", "out_channels", "base_channels", "window_size", "min_input_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        levels = len(LEVEL_WIDTHS)
+        if len(self.depths) != levels or len(self.num_heads) != levels or min(*self.depths, *self.num_heads) < 1:
+            raise ValueError(f"depths {self.depths} and num_heads {self.num_heads}: give {levels} values of at least 1 each")
+        if self.enable_spectral and any(heads % 2 for heads in self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads}: must be even, half of them are spectral")
+        if self.use_sparse_attention and self.use_sliding_window:
+            raise ValueError("use_sparse_attention needs use_sliding_window off: windows are dense")
+        if self.use_moe and self.num_experts < 2:
+            raise ValueError(f"num_experts = {self.num_experts}: a mixture needs at least 2")
+        if self.window_size < 4 or self.mlp_ratio <= 0:
+            raise ValueError(f"window_size {self.window_size} must be at least 4, mlp_ratio {self.mlp_ratio} above 0")
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels per level; a head's width is a multiple of 4, which 2-D rotary positions need."""
+        sizes = [4 * heads for heads in self.num_heads]
+        return [max(1, round(self.base_channels * w / s)) * s for w, s in zip(LEVEL_WIDTHS, sizes, strict=True)]
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, channels_last: bool = True) -> Tensor:
+    """Apply a convolution to (B, H, W, C)."""
+    image = x.permute(0, 3, 1, 2)
+    return conv(image if channels_last else image.contiguous()).permute(0, 2, 3, 1)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C); an odd side repeats its last row or column."""
+    if x.shape[1] % 2:
+        x = torch.cat([x, x[:, -1:]], dim=1)
+    if x.shape[2] % 2:
+        x = torch.cat([x, x[:, :, -1:]], dim=2)
+    x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # B, H/2, 2, W/2, 2, C
+    return x.transpose(2, 3).flatten(3)
+
+
+def depth_to_space(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w, 4C) -> (B, height, width, C), the inverse of space_to_depth."""
+    x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)
+    return x.flatten(1, 2).flatten(2, 3)[:, :height, :width]
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines (2, height * width, dim / 2) that turn a head of width `dim`: its first half pairs by row, its
+    second by column (2-D rotary position embedding, Su et al. 2021). Wavelengths run from 2 pi to about 100 tokens."""
+    frequency = 16.0 ** -(torch.arange(dim // 4, device=device) / max(1, dim // 4))
+    rows = (torch.arange(height, device=device)[:, None] * frequency)[:, None].expand(height, width, -1)
+    columns = (torch.arange(width, device=device)[:, None] * frequency)[None].expand(height, width, -1)
+    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = table.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def window_count(side: int, window: int, stride: int) -> int:
+    """Windows that cover `side` tokens, the last one reaching past the end where it must."""
+    return 1 + max(0, math.ceil((side - window) / stride))
+
+
+def extract_windows(x: Tensor, window: int, stride: int) -> Tensor:
+    """(B, H, W, C) -> (B, rows, columns, window, window, C): overlapping windows, zeros past the right and bottom."""
+    rows, columns = (window_count(side, window, stride) for side in x.shape[1:3])
+    bottom, right = (rows - 1) * stride + window - x.shape[1], (columns - 1) * stride + window - x.shape[2]
+    x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x.unfold(1, window, stride).unfold(2, window, stride).permute(0, 1, 2, 4, 5, 3)
+
+
+def _merge_axis(x: Tensor, stride: int) -> Tensor:
+    """Add up windows (A, n, window, ...) that start every `stride` along one axis -> (A, (n - 1) stride + window, ...).
+    Needs window <= 2 stride: then each position lies in a window's first `stride` or in the tail of the one before."""
+    count, window = x.shape[1:3]
+    if window == stride:
+        return x.flatten(1, 2)
+    rest = (0, 0) * (x.ndim - 3)
+    heads = F.pad(x[:, :, :stride], (*rest, 0, 0, 0, 1))
+    tails = F.pad(x[:, :, stride:], (*rest, 0, 2 * stride - window, 1, 0))
+    return (heads + tails).flatten(1, 2)[:, : (count - 1) * stride + window]
+
+
+def _covers(side: int, window: int, stride: int, device: torch.device) -> Tensor:
+    """How many windows cover each of `side` positions."""
+    count = window_count(side, window, stride)
+    return _merge_axis(torch.ones(1, count, window, device=device), stride)[0, :side]
+
+
+def merge_windows(x: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """(B, rows, columns, window, window, C) -> (B, height, width, C): the mean over the windows that cover a token."""
+    batch, rows, columns, window = x.shape[:4]
+    x = _merge_axis(x.transpose(2, 3).reshape(batch, rows, window, -1), stride)  # rows of tokens x (columns, window, C)
+    tall = x.shape[1]
+    x = _merge_axis(x.reshape(batch * tall, columns, window, -1), stride).unflatten(0, (batch, tall))[:, :height, :width]
+    covers = [_covers(side, window, stride, x.device).to(x.dtype) for side in (height, width)]
+    return x / (covers[0][:, None] * covers[1])[..., None]
+
+
+class WindowAttention(nn.Module):
+    """Attention of some heads in space: in overlapping windows, or over the whole frame (dense or sparse)."""
+
+    def __init__(self, config: LightningProConfig, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.window = config.window_size if config.use_sliding_window else 0
+        self.stride = config.window_size - config.window_size // 4
+        self.use_rope, self.sparse = config.use_rope, config.use_sparse_attention
+        side = max(self.window, 1)
+        self.register_buffer("table", rotary_table(side, side, self.head_dim), persistent=False)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, H, W, 3 dim) -> (B, H, W, dim)."""
+        return self.in_windows(qkv) if self.window else self.whole_frame(qkv)
+
+    def in_windows(self, qkv: Tensor) -> Tensor:
+        height, width = qkv.shape[1:3]
+        windows = extract_windows(qkv, self.window, self.stride)
+        batch, rows, columns = windows.shape[:3]
+        q, k, v = self.split(windows.reshape(batch * rows * columns, self.window**2, -1), self.table)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding_mask(qkv, batch))
+        out = out.transpose(1, 2).reshape(batch, rows, columns, self.window, self.window, -1)
+        return merge_windows(out, height, width, self.stride)
+
+    def padding_mask(self, x: Tensor, batch: int) -> Tensor | None:
+        """True where a window's key is a token of the frame, (windows, 1, 1, keys); None where all are."""
+        if all((side - self.window) % self.stride == 0 and side >= self.window for side in x.shape[1:3]):
+            return None
+        inside = torch.ones(1, *x.shape[1:3], 1, dtype=torch.bool, device=x.device)
+        mask = extract_windows(inside, self.window, self.stride).reshape(-1, 1, 1, self.window**2)
+        return mask.repeat(batch, 1, 1, 1)
+
+    def whole_frame(self, qkv: Tensor) -> Tensor:
+        batch, height, width, _ = qkv.shape
+        table = rotary_table(height, width, self.head_dim, qkv.device) if self.use_rope else None
+        q, k, v = self.split(qkv.flatten(1, 2), table)
+        if self.sparse:
+            flat = (x.flatten(0, 1) for x in (q, k, v))
+            out = sparse_attention_topk_streaming(*flat, spatial_shape=(height, width)).unflatten(0, (batch, self.heads))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(batch, height, width, -1)
+
+    def split(self, tokens: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3 dim) -> q, k, v of (B, h, N, D), q and k turned."""
+        q, k, v = tokens.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (rotate(q, table), rotate(k, table), v) if self.use_rope else (q, k, v)
+
+
+class SpectralAttention(nn.Module):
+    """Attention between channels: the softmax runs over a head's channels, the products over all pixels, so its cost is
+    linear in them and every pixel sees the whole frame (as MST and Restormer do)."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, H, W, 3 dim) -> (B, H, W, dim)."""
+        batch, height, width, _ = qkv.shape
+        q, k, v = qkv.reshape(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 4, 1)  # B, h, D, N
+        # cosine of two channels; sums over many pixels are kept in float32
+        norm_q, norm_k = (x.float().norm(dim=-1).clamp_min(1e-6) for x in (q, k))
+        cosine = (q @ k.transpose(-1, -2)).float() / (norm_q[..., :, None] * norm_k[..., None, :])
+        weights = (cosine * self.temperature).softmax(dim=-1)
+        return (weights.to(v.dtype) @ v).permute(0, 3, 1, 2).reshape(batch, height, width, -1)
+
+
+class CrossAttention(nn.Module):
+    """Decoder tokens attend to a skip connection pooled to at most CONTEXT_SIDE^2 tokens; the query path stays."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q, self.to_kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        side = (min(CONTEXT_SIDE, height), min(CONTEXT_SIDE, width))
+        context = F.adaptive_avg_pool2d(skip.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
+        q = self.to_q(self.norm(x)).reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)
+        k, v = self.to_kv(self.norm_context(context)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
+        return x + self.proj(out)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Linear, 3 x 3 depthwise convolution, GELU, linear."""
+
+    def __init__(self, config: LightningProConfig, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim * config.mlp_ratio)
+        self.channels_last, self.dropout = config.use_channels_last, config.dropout
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(convolve(self.depthwise, self.fc1(x), self.channels_last))
+        return self.fc2(F.dropout(x, self.dropout, self.training))
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its two likeliest experts, which compute their own tokens only (Shazeer et al. 2017)."""
+
+    def __init__(self, config: LightningProConfig, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim * config.mlp_ratio)
+        self.router = nn.Linear(dim, config.num_experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, dim))
+            for _ in range(config.num_experts))
+        self.balance: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 2)
+        probability = self.router(tokens).float().softmax(dim=-1)
+        weight, chosen = probability.topk(2, dim=-1)
+        weight = (weight / weight.sum(dim=-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            mine = expert(tokens[token]) * weight[token, slot, None]  # no token: zeros for gradients, so DDP is content
+            out = out.index_add(0, token, mine.to(out.dtype))
+        share = F.one_hot(chosen, len(self.experts)).float().mean(dim=(0, 1))
+        self.balance = len(self.experts) * (share * probability.mean(dim=0)).sum()  # Fedus et al. 2021, 1 when even
+        return out.view_as(x)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"balance": None}  # a tensor inside a graph can't be copied or pickled
+
+
+class LightningProBlock(nn.Module):
+    """Norm, attention, residual; norm, MLP or experts, residual. Half of the heads attend in space and half between
+    channels, from one projection, so the block costs as much as one attention."""
+
+    def __init__(self, config: LightningProConfig, dim: int, heads: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        spectral = heads // 2 if config.enable_spectral else 0
+        self.spatial_dim = dim * (heads - spectral) // heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.spatial = WindowAttention(config, self.spatial_dim, heads - spectral)
+        self.spectral = SpectralAttention(spectral) if spectral else None
+        self.mlp = MixtureOfExperts(config, dim) if config.use_moe else Mlp(config, dim)
+        self.scale1, self.scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def attention(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        out = self.spatial(qkv[..., : 3 * self.spatial_dim])
+        if self.spectral is not None:
+            out = torch.cat([out, self.spectral(qkv[..., 3 * self.spatial_dim :])], dim=-1)
+        return self.proj(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> the same shape."""
+        x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x)))
+        return x + self.drop_path(self.scale2 * self.mlp(self.norm2(x)))
+
+
+class TokenGroupNorm(nn.GroupNorm):
+    """GroupNorm of every token on its own, so that its statistics depend on no frame size and on no padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(-1, (self.num_groups, -1))
+        return F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias
+
+
+class HSIFusionNet(nn.Module):
+    """See the head of this file. `config` holds its settings."""
+
+    def __init__(self, config: LightningProConfig) -> None:
+        super().__init__()
+        self.config, widths, levels = config, config.widths, len(config.widths)
+        colours = 2 * config.in_channels + 1
+        depths = [*config.depths, *(max(1, d - 1) for d in config.depths[-2::-1])]
+        rates = (config.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
+
+        def stage(level: int, depth: int) -> nn.Sequential:
+            return nn.Sequential(*(LightningProBlock(config, widths[level], config.num_heads[level], next(rates))
+                                   for _ in range(depth)))
+
+        self.direct = nn.Linear(config.in_channels, config.out_channels)
+        self.stem = nn.Linear(4 * colours, widths[0])
+        self.stem_mix = nn.Conv2d(widths[0], widths[0], 3, padding=1, groups=widths[0])
+        self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
+        self.decoder = nn.ModuleList(stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1))
+        self.down, self.up, self.fuse, self.cross = (nn.ModuleList() for _ in range(4))
+        for i in range(levels - 1):
+            self.down.append(nn.Sequential(TokenGroupNorm(4, 4 * widths[i]), nn.Linear(4 * widths[i], widths[i + 1])))
+        for i in range(levels - 2, -1, -1):
+            self.up.append(nn.Sequential(TokenGroupNorm(4, widths[i + 1]), nn.Linear(widths[i + 1], 4 * widths[i])))
+            self.fuse.append(nn.Linear(2 * widths[i], widths[i]))
+            if config.use_cross_attention:
+                self.cross.append(CrossAttention(widths[i], config.num_heads[i]))
+        self.to_pixels = nn.Sequential(TokenGroupNorm(4, widths[0]), nn.Linear(widths[0], 4 * PIXEL_CHANNELS))
+        self.pixel_in = nn.Conv2d(colours, PIXEL_CHANNELS, 3, padding=1)
+        self.pixel_mix = nn.Linear(PIXEL_CHANNELS, PIXEL_CHANNELS)
+        self.head = nn.Linear(PIXEL_CHANNELS, config.out_channels)
+        nn.init.zeros_(self.head.weight)  # the start is the linear path alone; the head's gradient is not zero
+        nn.init.zeros_(self.head.bias)
+        if config.estimate_uncertainty:
+            self.scale_head = nn.Linear(PIXEL_CHANNELS, config.out_channels)
+            nn.init.constant_(self.scale_head.bias, math.log(math.expm1(0.1)))  # a tenth of the intensity
+
+    def forward(self, rgb: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """rgb (B, in, H, W) in any memory layout -> cube (B, out, H, W), unclamped; with `estimate_uncertainty` also
+        the scale b > 0 of a Laplace distribution around each value. Raises ValueError for a wrong or too small input."""
+        config = self.config
+        if rgb.ndim != 4 or rgb.shape[1] != config.in_channels or min(rgb.shape[2:]) < config.min_input_size:
+            raise ValueError(f"input {tuple(rgb.shape)}: need (B, {config.in_channels}, H, W) with sides of at least "
+                             f"min_input_size = {config.min_input_size}")
+        x = rgb.permute(0, 2, 3, 1).contiguous()
+        intensity = x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
+        colour = torch.cat([x, x / intensity, 0.5 + 0.3 * intensity.log()], dim=-1)  # all of order 1
+        guide = depth_to_space(self.to_pixels(self.trunk(colour)), *x.shape[1:3])
+        pixels = F.gelu(convolve(self.pixel_in, colour, config.use_channels_last) + guide)
+        pixels = pixels + F.gelu(self.pixel_mix(pixels))
+        outputs = [self.direct(x) + intensity * self.head(pixels)]
+        if config.estimate_uncertainty:
+            outputs.append(intensity * F.softplus(self.scale_head(pixels)).float() + 1e-4)
+        outputs = [y.float().permute(0, 3, 1, 2) for y in outputs]
+        outputs = outputs if config.use_channels_last else [y.contiguous() for y in outputs]
+        return tuple(outputs) if config.estimate_uncertainty else outputs[0]
+
+    def trunk(self, colour: Tensor) -> Tensor:
+        """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
+        x = self.stem(space_to_depth(colour))
+        x = x + convolve(self.stem_mix, x, self.config.use_channels_last)
+        skips = []
+        for level, stage in enumerate(self.encoder):
+            x = self.run(stage, x)
+            if level < len(self.down):
+                skips.append(x)
+                x = self.down[level](space_to_depth(x))
+        for step, stage in enumerate(self.decoder):
+            skip = skips.pop()
+            x = depth_to_space(self.up[step](x), *skip.shape[1:3])
+            if self.config.use_cross_attention:
+                x = self.cross[step](x, skip)
+            x = self.run(stage, self.fuse[step](torch.cat([x, skip], dim=-1)))
+        return x
+
+    def run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        for block in stage:
+            recompute = self.config.use_checkpoint and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
+
+    @torch.no_grad()
+    def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:
+        """Set the direct path to the linear map RGB -> bands with the least relative error on rgb (B, in, h, w) and cube
+        (B, out, h, w), both as in training; see fit_linear_spectral_path."""
+        weight, bias = fit_linear_spectral_path(rgb, cube)
+        self.direct.weight.copy_(weight)
+        self.direct.bias.copy_(bias)
+
+    def auxiliary_loss(self) -> Tensor:
+        """The experts' balancing loss of the last forward, weighted; zero without experts."""
+        balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts) and m.balance is not None]
+        if not balances:
+            return self.head.bias.new_zeros(())
+        return self.config.auxiliary_loss_weight * torch.stack(balances).mean()
+
+
+def laplace_nll(pred: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a Laplace distribution, log 2b + |target - pred| / b, in float32. It trains the scale
+    alone (the prediction is detached), so that the cube keeps following the reconstruction loss."""
+    error = (pred.detach() - target).abs().float()
+    return (torch.log(2 * scale.float()) + error / scale.float()).mean()
+
+
+def create_hsifusion_lightning_pro(
+    model_size: str = "base", in_channels: int = 3, out_channels: int = 31, **overrides: object
+) -> HSIFusionNet:
+    """A model in train mode, not compiled. The size fills the fields that `overrides` (fields of LightningProConfig)
+    does not give. Raises ValueError for an unknown size, field or value."""
+    if model_size not in SIZES:
+        raise ValueError(f"model_size {model_size!r}: choose from {', '.join(SIZES)}")
+    unknown = sorted(set(overrides) - set(LightningProConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}; LightningProConfig lists the known ones")
+    settings = {**SIZES[model_size], "in_channels": in_channels, "out_channels": out_channels, **overrides}
+    return HSIFusionNet(LightningProConfig(**settings))
+
+
+def from_pretrained(path: str, ema: bool = True) -> HSIFusionNet:
+    """Model and weights from a checkpoint of the trainer (.ckpt or .safetensors), the averaged weights where there are
+    any and `ema` is on. Raises UserError for a file that is none."""
+    return build_from_checkpoint(path, "hsifusion", lambda **config: HSIFusionNet(LightningProConfig(**config)), ema)

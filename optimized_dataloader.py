@@ -1,0 +1,705 @@
+"""Feeds the trainers: readers of the field's file formats, MST++ patch grid, train and validation loaders, the loss.
+
+    train, val = create_optimized_dataloaders(DataConfig(data_root="data/staged"))
+    train.set_position(epoch)
+    for batch in train:
+        rgb, cube = prepare_batch(batch, device)      # (B, 3, p, p) and (B, bands, p, p), float32, channels_last
+    for name, rgb, cube in val:                       # whole frames, (1, 3, H, W) and (1, bands, H, W), float32
+
+`data_root` is a folder staged by dataset_setup.py (fast: a patch is read through a memory map, nothing else is touched)
+or a raw ARAD-1K folder as MST++ lays it out."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import math
+import mmap
+import os
+import re
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common_utils_v32 import UserError, normalise_rgb, opt
+
+CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
+WAVELENGTH_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl")
+RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr")
+FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
+IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
+UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes one UserError that names the file."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {what} is expected there")
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # every decoder has exceptions of its own; the cause stays chained
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as {what} ({reason}); replace the file") from error
+
+
+def _extra(module: str, path: Path) -> Any:
+    """An optional package, imported where it is used."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install {module.split('.')[0]}") from None
+
+
+def cube_axes(shape: tuple[int, ...], path: Path, hdf5: bool, axes: str | None, bands: int | None,
+              rgb_shape: tuple[int, ...] | None) -> str:
+    """The meaning of the three stored axes, such as "cwh", as numpy or h5py shows them: MATLAB is column-major, so in a
+    v7.3 file its H x W x bands comes out as (bands, W, H); elsewhere H x W x bands and bands x H x W are usual.
+    The band count and the size of the paired RGB decide; UserError where they cannot."""
+    if len(shape) != 3:
+        raise UserError(f"{path}: the cube has shape {shape}; three axes are needed (another --cube-key?)")
+    if axes is not None and sorted(axes) != ["c", "h", "w"]:
+        raise UserError(f"--axes {axes}: give the letters h, w and c (bands) in the stored order, such as cwh")
+
+    def fits(layout: str) -> bool:
+        height, width, count = (shape[layout.index(letter)] for letter in "hwc")
+        if bands is None and rgb_shape is None and axes is None:
+            return count == 31 or 2 * count < min(height, width)
+        return bands in (None, count) and (rgb_shape is None or (height, width) == tuple(rgb_shape[:2]))
+
+    usual = (axes,) if axes else ("cwh",) if hdf5 else ("hwc", "chw")
+    found = [layout for layout in usual if fits(layout)]
+    found = found or [layout for layout in ("hwc", "chw", "cwh", "whc") if not axes and fits(layout)]
+    if len(found) == 1:
+        return found[0]
+    size = f" and {rgb_shape[0]} x {rgb_shape[1]} pixels as its RGB" if rgb_shape is not None else ""
+    problem = "fits in two ways" if found else f"does not have {bands or 'few'} bands{size}"
+    raise UserError(f"{path}: shape {shape}{f' as --axes {axes}' if axes else ''} {problem}; mend or leave it out, "
+                    "or give --axes, the stored order of h, w and c (bands), such as hwc, chw or cwh")
+
+
+def _pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
+    """The cube among the arrays of a file: the key given, else a usual name, else the only array with three axes."""
+    cubes = [name for name, array in arrays.items() if len(array.shape) == 3]
+    usual = [name for name in cubes if name.lower() in CUBE_KEYS]
+    for names in ([key] if key in arrays else [], usual, cubes):
+        if len(names) == 1 and key in (None, names[0]):
+            return names[0]
+    raise UserError(f"{path}: {f'no array {key}' if key else 'which array is the cube?'}; give --cube-key, one of: "
+                    f"{', '.join(arrays) or 'none, it has no numeric arrays'}")
+
+
+@contextmanager
+def _arrays(path: Path, only: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The numeric arrays of a `.mat` or `.npz` file by name (`only` these); in v7.3 they are read when indexed."""
+    if path.suffix.lower() == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            yield {name: file[name] for name in file.files if only is None or name in only}
+    elif h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            found: dict[str, Any] = {}
+            file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+            yield {k: v for k, v in found.items() if v.dtype.kind in "iuf" and not k.startswith("#")}
+    else:
+        found = _extra("scipy.io", path).loadmat(path, variable_names=only and list(only))
+        yield {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "iuf"}
+
+
+def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = None, bands: int | None = None,
+              rgb_shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """One cube as (H, W, bands) float32 in any memory order, values as stored (PNG bands: divided by full scale).
+
+    MATLAB v7.3 and v5 `.mat`, `.npy`, `.npz`, ENVI `.hdr`, or a CAVE folder of one PNG a band. `bands` and `rgb_shape`
+    (H, W, ...) are checked, and tell the axes apart. Values are not judged here: see check_cube."""
+    path = Path(path)
+    suffix, hdf5 = path.suffix.lower(), False
+    with _reading(path, "a hyperspectral cube"):
+        if path.is_dir():
+            stored, axes = _read_band_images(path), "hwc"
+        elif suffix == ".hdr":  # load() applies the reflectance scale factor
+            stored = np.asarray(_extra("spectral.io.envi", path).open(str(path)).load(dtype=np.float32))
+            axes = "hwc"
+        elif suffix == ".npy":
+            stored = np.load(path, allow_pickle=False)
+        elif suffix in (".npz", ".mat"):
+            with _arrays(path) as arrays:
+                array = arrays[_pick_key(arrays, key, path)]
+                hdf5 = isinstance(array, h5py.Dataset)
+                axes = cube_axes(array.shape, path, hdf5, axes, bands, rgb_shape)  # complain before decoding
+                stored = array.astype(np.float32)[()]
+        else:
+            raise UserError(f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images")
+        if stored.dtype.kind not in "iuf":
+            raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
+    layout = cube_axes(stored.shape, path, hdf5, axes, bands, rgb_shape)
+    return stored.astype(np.float32, copy=False).transpose([layout.index(letter) for letter in "hwc"])
+
+
+def band_images(folder: Path) -> list[Path]:
+    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), in the order of their numbers."""
+    for place in (folder, folder / folder.name):
+        numbered = {int(number[1]): p for p in place.glob("*.png") if (number := re.search(r"(\d+)$", p.stem))}
+        if numbered:
+            missing = set(range(1, max(numbered))) - set(numbered)
+            if missing:
+                raise UserError(f"{place}: band image number {min(missing)} is missing; replace the folder")
+            return [numbered[number] for number in sorted(numbered)]
+    raise UserError(f"{folder}: no numbered band images (PNG) in it")
+
+
+def _read_band_images(folder: Path) -> np.ndarray:
+    """A CAVE scene: 16-bit PNGs over 65535; the 8-bit RGBA ones of one scene over 255 (their three channels agree)."""
+    planes: list[np.ndarray] = []
+    for path in band_images(folder):
+        with _reading(path, "a band image"), Image.open(path) as image:
+            plane = np.asarray(image)
+        full_scale = np.float32(255 if plane.dtype == np.uint8 else 65535)
+        if plane.ndim == 3:
+            if (plane[..., :3] != plane[..., :1]).any():
+                raise UserError(f"{path}: a colour picture, not one band; replace it")
+            plane = plane[..., 0]
+        planes.append(plane.astype(np.float32) / full_scale)
+    return np.stack(planes, axis=-1)
+
+
+def read_wavelengths(path: str | Path) -> list[float] | None:
+    """Band centres in nm where the file has them (ENVI header, `bands` or `wavelengths` arrays), else None."""
+    path = Path(path)
+    found: Any = None
+    with _reading(path, "a hyperspectral cube"):
+        if path.is_dir():
+            found = FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
+        elif path.suffix.lower() == ".hdr":
+            found = _extra("spectral.io.envi", path).open(str(path)).bands.centers
+        elif path.suffix.lower() in (".npz", ".mat"):
+            with _arrays(path, WAVELENGTH_KEYS) as arrays:
+                found = next((arrays[name][()] for name in WAVELENGTH_KEYS if name in arrays), None)
+    values = np.asarray([] if found is None else found, dtype=np.float64).ravel()
+    values = values * 1000 if values.size and values.max() < 20 else values  # some files are in micrometres
+    return values.tolist() if values.size > 1 and values.min() > 200 and np.isfinite(values).all() else None
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """An 8-bit image (JPEG, PNG, BMP) as (H, W, 3) uint8 RGB, pixels as stored."""
+    path = Path(path)
+    with _reading(path, "an RGB image"), Image.open(path) as image:
+        if image.mode not in ("RGB", "RGBA", "P", "L"):
+            raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
+        return np.asarray(image.convert("RGB"))
+
+
+def check_cube(cube: np.ndarray, path: str | Path, constant_bands: bool = True) -> None:
+    """UserError for values that spoil a training run: NaN, infinite, outside [0, 1], a band all of one value."""
+    low, high = float(cube.min()), float(cube.max())
+    if not math.isfinite(low) or not math.isfinite(high):
+        bad = int(cube.size - np.isfinite(cube).sum())
+        raise UserError(f"{path}: {bad} values of the cube are NaN or infinite; mend or leave out this scene")
+    if low < -UNIT_TOLERANCE or high > 1 + UNIT_TOLERANCE:
+        raise UserError(f"{path}: values from {low:g} to {high:g}, outside [0, 1]; stage with dataset_setup.py --scale")
+    flat = [band for band in range(cube.shape[2]) if np.ptp(cube[..., band]) == 0] if constant_bands else []
+    if flat:
+        raise UserError(f"{path}: band {flat[0] + 1} of {cube.shape[2]} is constant; mend or leave out this scene")
+
+
+def _bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> list[float]:
+    """The band centres: those of the file, else the field's where the count is the field's."""
+    if wavelengths is None and bands == len(FIELD_BANDS):
+        return FIELD_BANDS
+    if wavelengths is None or len(wavelengths) != bands:
+        raise UserError(f"{path}: {len(wavelengths or [])} wavelengths of {bands} bands; store them, in nm, as `bands`")
+    return list(wavelengths)
+
+
+class Scene(NamedTuple):
+    """One raw scene. The cube is None for a test image, the RGB is None where no image is there."""
+    name: str
+    cube_path: Path | None
+    rgb_path: Path | None
+
+
+def read_split_list(path: Path) -> list[str]:
+    """Scene names of a list file, one a line, with or without a last newline, in any line ending."""
+    with _reading(path, "a list of scenes"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    names = [line.rsplit(".", 1)[0] if line.lower().endswith(CUBE_SUFFIXES + RGB_SUFFIXES) else line for line in lines]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: {max(names, key=names.count)} is listed twice; mend the list")
+    return names
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files by scene name; of two suffixes for one scene the first of `suffixes` wins."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes] if folder.is_dir() else []
+    return {p.stem: p for p in sorted(files, key=lambda p: -suffixes.index(p.suffix.lower()))}
+
+
+def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
+    """The splits of a raw ARAD-1K folder, sorted by name; without list files every scene is a training scene.
+    A listed scene keeps the path where its cube should be, so that reading it names the missing file."""
+    root = Path(root)
+    if not (root / "Train_Spec").is_dir():
+        raise UserError(f"{root}: no Train_Spec folder in it; give the ARAD-1K folder with Train_Spec and Train_RGB")
+    cubes = _by_stem(root / "Train_Spec", CUBE_SUFFIXES)
+    images = _by_stem(root / "Train_RGB", RGB_SUFFIXES)
+    lists = {"train": root / "split_txt" / "train_list.txt", "val": root / "split_txt" / "valid_list.txt"}
+    listed = {split: read_split_list(path) for split, path in lists.items() if path.exists()}
+    val = listed.get("val", [])
+    train = listed.get("train", [name for name in cubes if name not in val])
+    if set(train) & set(val):
+        raise UserError(f"{lists['val']}: {min(set(train) & set(val))} is a training scene too; mend the lists")
+
+    scenes = {split: [Scene(name, cubes.get(name, root / "Train_Spec" / f"{name}.mat"), images.get(name))
+                      for name in sorted(names)] for split, names in (("train", train), ("val", val))}
+    tests = _by_stem(root / "Test_RGB", RGB_SUFFIXES)
+    return scenes | {"test": [Scene(name, None, tests[name]) for name in sorted(tests)]}
+
+
+def patch_grid(height: int, width: int, patch: int, stride: int, mode: str = "floor") -> tuple[list[int], list[int]]:
+    """Top and left offsets of the patches of a frame. `floor` is MST++'s grid (45 x 49 = 2205 patches of 128 at
+    stride 8 in 482 x 512); `cover` adds the offset that reaches the border where the stride stops short of it."""
+    if patch > min(height, width):
+        raise UserError(f"--patch_size {patch}: larger than a frame of {height} x {width}; give a smaller one")
+
+    def offsets(side: int) -> list[int]:
+        starts = list(range(0, side - patch + 1, stride))
+        return starts if mode == "floor" or starts[-1] == side - patch else [*starts, side - patch]
+
+    return offsets(height), offsets(width)
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A staged `.npy` as a memory map, which goes away with the array: opening one takes 20 us, so none is kept."""
+    with _reading(path, "a staged array"):
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = math.prod(shape)
+        offset = len(memory) - count * np.dtype(dtype).itemsize
+        if offset % 64 or not 64 <= offset <= 4096:  # the header, whose facts are in the index
+            raise UserError(f"{path}: its size is not that of {shape} {dtype}; delete it and run dataset_setup.py")
+        return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+Frame = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # cube (H, W, bands), RGB (H, W, 3) uint8, min and max of RGB
+
+
+class _Scenes:
+    """The scenes of a split: names, shapes (H, W), bands, wavelengths, dtype of patches, and arrays(scene) -> Frame."""
+
+    frames: list[Frame] = []  # all scenes, once they are in RAM
+
+    def copy_patch(self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray) -> tuple[int, int]:
+        """Copy the patch at (top, left), of the size of `cube`, into `cube` and `rgb`; gives the frame's RGB range."""
+        stored, image, rgb_range = self.frames[scene] if self.frames else self.arrays(scene)
+        rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
+        cube[...], rgb[...] = stored[rows, cols], image[rows, cols]
+        return rgb_range
+
+    def into_ram(self, dtype: str, copies: int) -> None:
+        """Keep all scenes as `dtype`. UserError before anything is read when they do not fit beside what runs."""
+        pixels = sum(height * width for height, width in self.shapes)
+        needed = copies * pixels * (self.bands * np.dtype(dtype).itemsize + 3)
+        free = min(psutil.virtual_memory().available, cgroup_free())
+        if needed > free:
+            raise UserError(f"{len(self.names)} scenes take {needed / 2**30:.1f} GB of RAM and {max(free, 0) / 2**30:.1f} "
+                            "are free; use --memory_mode lazy")
+        bar = tqdm(range(len(self.names)), desc=f"scenes into RAM as {dtype}", disable=None, leave=False)
+        frames = (self.arrays(scene) for scene in bar)
+        self.frames, self.dtype = [(c.astype(dtype, order="C"), image.copy(), ends) for c, image, ends in frames], dtype
+
+
+class StagedScenes(_Scenes):
+    """A split of a staged folder."""
+
+    def __init__(self, root: Path, split: str):
+        self.root, path = root, root / "index.json"
+        with _reading(path, "the index of a staged folder"):
+            index = json.loads(path.read_text())
+            if (index.get("format"), index.get("version")) != ("hsi-staged", 1):
+                raise UserError(f"{path}: not the index of a staged folder of version 1; run dataset_setup.py again")
+            self.entries, self.bands = index["splits"].get(split, []), index["bands"]
+            self.wavelengths = _bands_known(index["wavelengths"], self.bands, path)
+            for entry in self.entries:
+                if "cube" not in entry:
+                    raise UserError(f"{root}: split {split} has no cubes; choose train or val")
+                if entry["shape"][2] != self.bands:
+                    raise UserError(f"{root / entry['cube']}: {entry['shape'][2]} bands, the others have {self.bands}")
+            self.names = [entry["name"] for entry in self.entries]
+            self.shapes = [tuple(entry["shape"][:2]) for entry in self.entries]
+            self.dtype = "float16" if {entry["dtype"] for entry in self.entries} == {"float16"} else "float32"
+        for scene in range(len(self.names)):  # missing and cut files show now, not in the middle of a run
+            self.arrays(scene)
+
+    def arrays(self, scene: int) -> Frame:
+        entry, shape = self.entries[scene], self.shapes[scene]
+        cube = _mapped(self.root / entry["cube"], (*shape, self.bands), entry["dtype"])
+        return cube, _mapped(self.root / entry["rgb"], (*shape, 3), "uint8"), tuple(entry["rgb_range"])
+
+
+class RawScenes(_Scenes):
+    """A split of a raw ARAD-1K folder. A patch is one hyperslab of its HDF5 file."""
+
+    dtype = "float32"
+
+    def __init__(self, root: Path, split: str, config: DataConfig):
+        self.key, self.axes, self.scenes = config.cube_key, config.axes, find_scenes(root)[split]
+        self.names, self.shapes = [scene.name for scene in self.scenes], []
+        self.images: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
+        self.bands, self.wavelengths = 0, []
+        self.layouts: list[tuple[str, str] | None] = []  # key and axes; None for a file that only decodes as a whole
+        for number, (name, path, rgb_path) in enumerate(self.scenes):
+            if path is None:
+                raise UserError(f"{root}: split {split} has no cubes; choose train or val")
+            if rgb_path is None:
+                raise UserError(f"{root / 'Train_RGB' / name}.jpg: no such image; add it, or stage with --render-rgb")
+            with _reading(rgb_path, "an RGB image"), Image.open(rgb_path) as image:
+                self.shapes.append((image.height, image.width))
+            with _reading(path, "a hyperspectral cube"):
+                self.layouts.append(None)
+                if h5py.is_hdf5(path):
+                    with _arrays(path) as arrays:
+                        key = _pick_key(arrays, self.key, path)
+                        shape = arrays[key].shape
+                    axes = cube_axes(shape, path, True, self.axes, self.bands or None, self.shapes[-1])
+                    self.layouts[-1], self.bands = (key, axes), shape[axes.index("c")]
+                self.bands = self.bands or self.arrays(number)[0].shape[2]
+            self.wavelengths = self.wavelengths or _bands_known(read_wavelengths(path), self.bands, path)
+
+    def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""
+        if scene not in self.images:
+            rgb = read_rgb(self.scenes[scene].rgb_path)
+            while self.images and rgb.nbytes + sum(image.nbytes for image, _ in self.images.values()) > IMAGE_BYTES:
+                self.images.pop(next(iter(self.images)))
+            self.images[scene] = rgb, (int(rgb.min()), int(rgb.max()))
+        return self.images[scene]
+
+    def arrays(self, scene: int) -> Frame:
+        path, shape = self.scenes[scene].cube_path, self.shapes[scene]
+        cube = read_cube(path, key=self.key, axes=self.axes, bands=self.bands or None, rgb_shape=shape)
+        check_cube(cube, path)
+        return cube, *self.image(scene)
+
+    def copy_patch(self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray) -> tuple[int, int]:
+        if self.frames:
+            return super().copy_patch(scene, top, left, cube, rgb)
+        path, (key, axes) = self.scenes[scene].cube_path, self.layouts[scene]
+        cuts = {"h": slice(top, top + cube.shape[0]), "w": slice(left, left + cube.shape[1]), "c": slice(None)}
+        with _reading(path, "a hyperspectral cube"), h5py.File(path, "r") as file:
+            patch = file[key].astype(np.float32)[tuple(cuts[letter] for letter in axes)]
+        cube[...] = patch.transpose([axes.index(letter) for letter in "hwc"])
+        check_cube(cube, path, constant_bands=False)
+        image, rgb_range = self.image(scene)
+        rgb[...] = image[cuts["h"], cuts["w"]]
+        return rgb_range
+
+
+def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that the tightest memory limit on this process leaves, in cgroup v1 or v2; inf without a limit. File cache
+    counts as used there but is given back under pressure, so it is added."""
+    free = math.inf
+    for line in membership.read_text().splitlines() if membership.exists() else ():
+        controllers, place = line.split(":", 2)[1:]
+        v1 = "memory" in controllers.split(",")
+        if controllers and not v1:
+            continue
+        limit, usage, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if v1
+                               else ("memory.max", "memory.current", "inactive_file"))
+        top = root / "memory" if v1 else root
+        inner = top / place.lstrip("/")
+        for folder in (inner, *inner.parents):  # a container may see only the top one
+            if folder.is_relative_to(top) and (folder / limit).exists():
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                most = float((folder / limit).read_text().replace("max", "inf"))
+                free = min(free, most - int((folder / usage).read_text()) + int(stat.get(cache, 0)))
+    return free
+
+
+_data = functools.partial(opt, group="data")
+
+
+@dataclass
+class DataConfig:
+    """What the loaders need to know. A staged or a raw folder; rank and world_size come from the process group."""
+    data_root: str = _data("./data/ARAD_1K", "staged folder (dataset_setup.py) or raw ARAD-1K folder")
+    memory_mode: str = _data("float16", "training cubes in RAM as float32 (standard) or float16, or patch by patch",
+                             choices=("standard", "float16", "lazy"))
+    patch_size: int = _data(128, "side of a training patch, pixels")
+    stride: int = _data(8, "distance of patches, pixels")
+    patch_grid: str = _data("floor", "MST++'s grid, or one that reaches the border too", choices=("floor", "cover"))
+    batch_size: int = _data(20, "patches in a batch of one rank")
+    rgb_norm: str = _data("per_image", "RGB to [0, 1] by the frame's min and max (MST++), or by 255",
+                          choices=("per_image", "unit"))
+    iterations_per_epoch: int = _data(1000, "batches in an epoch; 0 = one pass over all patches")
+    num_workers: int = _data(-1, "loader processes; -1 = 2 with a GPU, else none (a batch takes some ms)")
+    seed: int = _data(42, "seed of order and augmentation")
+    augment: bool = _data(True, "random rotations and flips of training patches")
+    rank: int = 0
+    world_size: int = 1
+    cube_key: str | None = _data(None, "name of the cube in raw files, where it is not a usual one")
+    axes: str | None = _data(None, "stored order of h, w and c in raw files, where it cannot be told")
+    val_split: str = _data("val", "split to validate on", choices=("train", "val", "test"))
+
+    def __post_init__(self) -> None:
+        for field in fields(DataConfig):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(f"--{field.name} {value}: choose from {', '.join(choices)}")
+        for name, value in {"patch_size": 1, "stride": 1, "batch_size": 1, "iterations_per_epoch": 0}.items():
+            if getattr(self, name) < value:
+                raise UserError(f"--{name} {getattr(self, name)}: give {value} or more")
+
+
+class RawBatch(NamedTuple):
+    """A batch as stored, still to be augmented and normalised by prepare_batch."""
+    rgb: Tensor  # (B, p, p, 3) uint8
+    cube: Tensor  # (B, p, p, bands) float16 or float32
+    augment: Tensor  # (B,) uint8, element of the dihedral group, 0 to 7
+    rgb_range: Tensor  # (B, 2) float32, what becomes 0 and 1
+    index: Tensor  # (B,) int64, patch of the data set
+
+
+_free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
+
+
+def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """An uninitialised CPU tensor whose memory is used again once no tensor holds it. Allocations over 32 MB come fresh
+    from the system, and the page faults of a batch of 20 (40 MB) take eight times as long as filling it."""
+    free = _free_buffers[shape, dtype]
+    memory = free.pop() if free else np.empty(shape, dtype)
+    view = memory[...]  # dies with the last tensor on it; the memory outlives it
+    weakref.finalize(view, free.append, memory).atexit = False
+    return torch.from_numpy(view)
+
+
+class PatchDataset(Dataset):
+    """All patches of the training scenes. An item is the whole batch at (epoch, iteration), so that workers hand over
+    few big tensors; which patches and which augmentation is a function of seed, epoch and sample alone."""
+
+    def __init__(self, scenes: _Scenes, config: DataConfig):
+        self.scenes, self.config = scenes, config
+        self.grids = [patch_grid(h, w, config.patch_size, config.stride, config.patch_grid) for h, w in scenes.shapes]
+        self.starts = np.cumsum([0, *(len(rows) * len(cols) for rows, cols in self.grids)])
+        self._shuffled: tuple = (None,)  # of the last pass: key, order of all patches, augmentation of each
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, patch: int) -> tuple[int, int, int]:
+        """Number of a patch -> (scene, top, left): scene by scene, row-major in the grid of each."""
+        scene = int(np.searchsorted(self.starts, patch, side="right")) - 1
+        rows, cols = self.grids[scene]
+        row, col = divmod(int(patch - self.starts[scene]), len(cols))
+        return scene, rows[row], cols[col]
+
+    def samples(self, epoch: int, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        """Patch numbers and augmentations of this rank's slice of a global batch; the order wraps into new passes."""
+        config, count = self.config, len(self)
+        first = (iteration * config.world_size + config.rank) * config.batch_size
+        patches, codes = [], []
+        for turn, positions in itertools.groupby(range(first, first + config.batch_size), lambda i: i // count):
+            key = (config.seed % 2**64, epoch, turn)
+            if self._shuffled[0] != key:
+                rng = np.random.default_rng(key)
+                order = rng.permutation(np.arange(count, dtype=np.uint32))
+                self._shuffled = key, order, rng.integers(0, 8 if config.augment else 1, count, dtype=np.uint8)
+            patches.append(self._shuffled[1][[position % count for position in positions]].astype(np.int64))
+            codes.append(self._shuffled[2][patches[-1]])
+        return np.concatenate(patches), np.concatenate(codes)
+
+    def __getitem__(self, position: tuple[int, int]) -> RawBatch:
+        return self.read(*self.samples(*position))
+
+    def read(self, patches: np.ndarray, codes: np.ndarray) -> RawBatch:
+        batch, side = len(patches), self.config.patch_size
+        cube = _buffer((batch, side, side, self.scenes.bands), self.scenes.dtype)
+        rgb = torch.empty((batch, side, side, 3), dtype=torch.uint8)
+        ranges = np.full((batch, 2), (0, 255), np.float32)
+        cubes, rgbs = cube.numpy(), rgb.numpy()
+        for i, patch in enumerate(patches):
+            found = self.scenes.copy_patch(*self.place(patch), cubes[i], rgbs[i])
+            if self.config.rgb_norm == "per_image":
+                ranges[i] = found
+        return RawBatch(rgb, cube, *(torch.from_numpy(array) for array in (codes, ranges, patches)))
+
+
+def dihedral(x: Tensor, code: int) -> Tensor:
+    """Element `code` (0 to 7) of the symmetries of the square, on the first two axes: flips, then a transpose."""
+    flips = [axis for axis in (0, 1) if code >> axis & 1]
+    x = x.flip(flips) if flips else x
+    return x.transpose(0, 1) if code & 4 else x
+
+
+def _turned(stored: Tensor, codes: list[int]) -> Tensor:
+    """(B, p, p, C) of any type -> float32, each sample turned by its code."""
+    shape, on_cpu = tuple(stored.shape), stored.device.type == "cpu"
+    turned = _buffer(shape, "float32") if on_cpu else torch.empty(shape, dtype=torch.float32, device=stored.device)
+    for i, code in enumerate(codes):
+        flipped = dihedral(stored[i], code & 3)  # converted apart: a copy that transposes too converts one by one
+        turned[i].copy_(flipped.float().transpose(0, 1) if code & 4 else flipped)
+    return turned
+
+
+def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """RGB (B, 3, p, p), normalised, and cube (B, bands, p, p), float32, augmented alike; channels_last, as they are
+    stored. The bytes cross to the device as stored and grow there."""
+    codes = batch.augment.tolist()
+    rgb, cube, ranges = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.cube, batch.rgb_range))
+    low, high = (ranges[:, i, None, None, None] for i in (0, 1))
+    rgb = normalise_rgb(_turned(rgb, codes), "per_image", low, high)
+    return rgb.permute(0, 3, 1, 2), _turned(cube, codes).permute(0, 3, 1, 2)
+
+
+class TrainLoader:
+    """Iterates over the RawBatches of one epoch, from the position set, and then stands at the start of the next."""
+
+    def __init__(self, dataset: PatchDataset, config: DataConfig):
+        self.dataset, self.config = dataset, config
+        self.wavelengths, self.bands = dataset.scenes.wavelengths, dataset.scenes.bands
+        whole_pass = math.ceil(len(dataset) / (config.batch_size * config.world_size))
+        self.iterations = config.iterations_per_epoch or whole_pass
+        self.positions: list[tuple[int, int]] = []  # (epoch, iteration) still to come; the loader's sampler
+        workers = config.num_workers if config.num_workers >= 0 else 2 * torch.cuda.is_available()
+        in_ram = bool(dataset.scenes.frames)
+        if in_ram and "fork" not in torch.multiprocessing.get_all_start_methods():
+            workers = 0  # a spawned worker would copy all scenes
+        self.loader = DataLoader(
+            dataset, batch_size=None, sampler=self.positions, num_workers=workers, persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else each pass would draw from the model's
+            pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if in_ram and workers else None)
+        self.set_position(0)
+
+    def set_position(self, epoch: int, iteration: int = 0) -> None:
+        """Where the next iteration starts; `iteration` batches of the epoch are left out."""
+        if epoch < 0 or not 0 <= iteration <= len(self):
+            raise ValueError(f"epoch {epoch}, iteration {iteration}: an epoch has {len(self)} iterations")
+        self.epoch, self.positions[:] = epoch, [(epoch, i) for i in range(iteration, len(self))]
+
+    def __len__(self) -> int:
+        """Iterations of a whole epoch, wherever the position is."""
+        return self.iterations
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        try:
+            yield from self.loader
+        except UserError as error:  # a worker's error comes with its traceback as text
+            raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+        self.set_position(self.epoch + 1)
+
+    def spread(self, pixels: int) -> tuple[Tensor, Tensor]:
+        """At least `pixels` pixels where there are so many, as prepare_batch gives them, from patches spread over all
+        scenes, not augmented: the same whatever the seed, the batch size and the ranks."""
+        count = min(len(self.dataset), math.ceil(pixels / self.config.patch_size**2))
+        patches = np.linspace(0, len(self.dataset) - 1, count).round().astype(np.int64)
+        return prepare_batch(self.dataset.read(patches, np.zeros(count, np.uint8)))
+
+    def describe(self) -> str:
+        scenes, config = self.dataset.scenes, self.config
+        error = ", relative error up to 2^-11" if scenes.dtype == "float16" else ""
+        return (f"{len(scenes.names)} training scenes, {len(self.dataset)} patches of {config.patch_size} px, "
+                f"{scenes.bands} bands, {config.memory_mode} ({scenes.dtype}{error}), {len(self)} batches an epoch")
+
+
+class ValScene(NamedTuple):
+    """A whole frame: rgb (1, 3, H, W) normalised and cube (1, bands, H, W), float32, channels_last."""
+    name: str
+    rgb: Tensor
+    cube: Tensor
+
+
+class ValLoader:
+    """Whole frames of this rank (every world_size-th), one in memory at a time."""
+
+    def __init__(self, scenes: StagedScenes | RawScenes, config: DataConfig):
+        self.scenes, self.rgb_norm = scenes, config.rgb_norm
+        self.wavelengths, self.bands = scenes.wavelengths, scenes.bands
+        self.mine = range(config.rank, len(scenes.names), config.world_size)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __iter__(self) -> Iterator[ValScene]:
+        for scene in self.mine:
+            cube, rgb, (low, high) = self.scenes.arrays(scene)
+            cube, rgb = np.array(cube, np.float32, order="C"), np.array(rgb)  # copies: maps are read-only
+            cube, rgb = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (cube, rgb))
+            yield ValScene(self.scenes.names[scene], normalise_rgb(rgb, self.rgb_norm, low, high), cube)
+
+
+def _open_scenes(config: DataConfig, split: str) -> StagedScenes | RawScenes:
+    root = Path(config.data_root)
+    staged = (root / "index.json").exists()
+    if not staged and not (root / "Train_Spec").is_dir():
+        raise UserError(f"--data_root {root}: neither index.json nor Train_Spec in it; make it with dataset_setup.py")
+    scenes = StagedScenes(root, split) if staged else RawScenes(root, split, config)
+    if not scenes.names:
+        raise UserError(f"--data_root {root}: no scenes in split {split}; stage with dataset_setup.py --val-fraction")
+    return scenes
+
+
+def train_loader(config: DataConfig) -> TrainLoader:
+    """The training patches. UserError when `memory_mode` needs more RAM than there is."""
+    scenes = _open_scenes(config, "train")
+    if config.memory_mode != "lazy":
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.world_size > 1 else 1
+        scenes.into_ram("float16" if config.memory_mode == "float16" else "float32", copies=ranks_here)
+    elif isinstance(scenes, RawScenes) and None in scenes.layouts:
+        path = scenes.scenes[scenes.layouts.index(None)].cube_path
+        raise UserError(f"{path}: not MATLAB v7.3, decodes only as a whole; stage it or use --memory_mode float16")
+    return TrainLoader(PatchDataset(scenes, config), config)
+
+
+def val_loader(config: DataConfig) -> ValLoader:
+    """Full frames of `val_split`. Targets are float32; float16 ones are refused, except training scenes on request."""
+    scenes = _open_scenes(config, config.val_split)
+    if config.val_split != "train" and isinstance(scenes, StagedScenes) and scenes.dtype == "float16":
+        raise UserError(f"{scenes.root / config.val_split}: float16 cubes, validation needs float32; stage it again")
+    return ValLoader(scenes, config)
+
+
+def create_optimized_dataloaders(config: DataConfig) -> tuple[TrainLoader, ValLoader]:
+    train, val = train_loader(config), val_loader(config)
+    if val.wavelengths != train.wavelengths:
+        raise UserError(f"--data_root {config.data_root}: training and validation scenes have other bands; stage it again")
+    return train, val
+
+
+class MSTPlusPlusLoss(nn.Module):
+    """mean(|pred - target| / max(target, floor)) in float32 whatever the autocast: MST++'s loss (Cai et al., CVPRW 2022)
+    with a floor, for targets that hold zeros. With `floor_start` the floor goes geometrically from there to `floor` in
+    `floor_steps` steps, so that dark pixels join late; the trainer sets `step`, and there is no state to save."""
+
+    def __init__(self, floor: float = 1e-2, floor_start: float | None = None, floor_steps: int = 0):
+        super().__init__()
+        if floor <= 0 or (floor_start is not None and floor_start <= 0):
+            raise UserError(f"--train_floor {floor}: the floor of the loss must be above 0")
+        self.floor, self.floor_start, self.floor_steps, self.step = floor, floor_start, floor_steps, 0
+
+    def floor_at(self, step: int) -> float:
+        if self.floor_start is None or step >= self.floor_steps:
+            return self.floor
+        return self.floor_start * (self.floor / self.floor_start) ** (step / self.floor_steps)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        if pred.shape != target.shape:
+            raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")
+        with torch.autocast(pred.device.type, enabled=False):
+            target = target.float()
+            return ((pred.float() - target).abs() / target.clamp_min(self.floor_at(self.step))).mean()

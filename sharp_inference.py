@@ -1,0 +1,699 @@
+"""RGB images in, hyperspectral cubes out; or a checkpoint scored on a data set. Both models: the checkpoint says which.
+
+    python sharp_inference.py --checkpoint best.ckpt --input tests/rgb/frame.png --output outputs/hsis/frame.npy
+    python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output outputs --format envi --preview
+    python sharp_inference.py --checkpoint best.ckpt --evaluate --data_root data/staged --split val --output results
+    python sharp_inference.py --checkpoint A=a.ckpt M=mst_plus_plus.pth --mst-root ../MST --evaluate --output results
+    python sharp_inference.py --checkpoint best.ckpt --stress --data_root data/staged --output results
+    python sharp_inference.py --checkpoint best.ckpt --export artifacts
+
+Cubes are written as the model gives them, unclamped: .npy and .npz (bands, H, W) float32, .mat (MATLAB v7.3) H x W x
+bands, ENVI .hdr + .img. A bad input is one line and exit code 2; the other inputs of a batch are still done."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import common_utils_v32 as common
+import optimized_dataloader as data
+from common_utils_v32 import UserError, opt
+
+FACTORIES = {"hsifusion": ("hsifusion_v252_complete", "create_hsifusion_lightning_pro"),
+             "sharp": ("sharp_v322_hardened", "create_sharp_v32")}
+WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz"}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
+MIN_SIDE = 64  # px, the models' least input; the edges of smaller images are repeated, and cut off the output
+MAX_TILE = 1024  # px
+MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above this and refuses twice this
+MAPPED_BYTES = 256 << 20  # arrays above this are mapped to files, and pages let go after as much was written
+TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
+UNREADABLE = (UserError, OSError, ValueError, SyntaxError, EOFError, zlib.error, struct.error,  # what Pillow may raise
+              Image.DecompressionBombError)
+COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal intervals of the calibration
+
+files, computing, scoring = (partial(opt, group=group) for group in ("files", "computing", "scoring"))
+
+
+@dataclass
+class Settings:
+    """The command line; dashes and underscores are both accepted."""
+
+    checkpoint: list[str] = files([], ".ckpt, .pth or .safetensors; NAME=FILE names it; several are compared")
+    input: list[str] = files([], "images, folders, globs; .npy (H, W, 3) uint8 too")
+    output: str | None = files(None, "a file for one input, else a folder")
+    format: str | None = files(None, "of cubes; default by the suffix of --output, else npy", choices=tuple(WRITTEN))
+    preview: bool = files(False, "write sRGB, band montage and spectra beside each cube, as PNG")
+    points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
+    overwrite: bool = files(False, "replace existing cubes")
+    device: str = computing("auto", "auto, cpu, cuda or cuda:N")
+    patch_size: int | None = computing(None, "side of a tile; default the whole frame if it fits, else what fits")
+    overlap: int | None = computing(None, "pixels that neighbouring tiles share; default a quarter of the tile")
+    batch_size: int = computing(1, "tiles in one forward")
+    memory_gb: float | None = computing(None, "for activations and output; default half of what is free")
+    amp: bool = computing(False, "bfloat16 autocast")
+    ensemble: bool = computing(False, "mean of the 8 views by rotation and flip")
+    ema: bool = computing(True, "averaged weights where there are any")
+    model: str | None = computing(None, "for a checkpoint that does not say", choices=tuple(FACTORIES))
+    model_size: str = computing("base", "with --model")
+    model_options: str = computing("{}", "with --model: other fields of its configuration, as JSON")
+    mst_root: str | None = computing(None, "a checkout of MST++, for its .pth files")
+    evaluate: bool = scoring(False, "score the scenes of a split")
+    stress: bool = scoring(False, "score them under other exposure, noise, JPEG quality, camera")
+    export: str | None = scoring(None, "folder for safetensors, configuration, model card and ONNX")
+    data_root: str = scoring(os.environ.get("HSI_DATA_DIR", "./data/ARAD_1K"), "staged folder or raw ARAD-1K")
+    split: str = scoring("val", "which scenes", choices=("train", "val", "test"))
+    metric_floor: float = scoring(1e-6, "least denominator of MRAE")
+
+    def __post_init__(self) -> None:
+        tile, scores = MAX_TILE if self.patch_size is None else self.patch_size, self.evaluate or self.stress
+        for wrong, message in (
+            (not self.checkpoint, "--checkpoint is missing"),
+            (not (self.input or scores or self.export), "nothing to do: give --input, --evaluate or --export"),
+            ((self.input or scores) and not self.output, "--output is missing: where shall the results go?"),
+            ((self.input or self.export) and len(self.checkpoint) > 1, "--input and --export take one --checkpoint"),
+            (tile < MIN_SIDE, f"--patch_size {tile}: at least {MIN_SIDE}"),
+            (not 0 <= (self.overlap or 0) < tile, f"--overlap {self.overlap}: from 0 to less than --patch_size"),
+            (self.batch_size < 1 or (self.memory_gb or 1) <= 0, "--batch_size and --memory_gb must be positive"),
+            (not all(re.fullmatch(r"\d+,\d+", point) for point in self.points), "--points: write X,Y of each pixel"),
+        ):
+            if wrong:
+                raise ValueError(message)
+        self.points = [tuple(map(int, point.split(","))) for point in self.points]
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready to use: the module in eval mode, and what is needed to feed it and to read its output."""
+
+    name: str
+    path: str
+    kind: str
+    module: nn.Module
+    device: torch.device
+    weights: str  # "ema" or "raw"
+    config: dict
+    data: dict
+    rgb_norm: str
+    wavelengths: list[float]  # nm
+    bands: int
+    pixel_bytes: float = 0.0  # that a forward needs for each pixel
+
+
+def load_model(spec: str, args: Settings, device: torch.device) -> Loaded:
+    """Read CHECKPOINT or NAME=CHECKPOINT, with weights_only: a pickle that would run code is refused."""
+    name, _, path = spec.rpartition("=") if not os.path.exists(spec) else ("", "", spec)
+    blob, file = common.read_checkpoint(path), Path(path)
+    name = name or (file.parent.name if file.stem in ("best", "last", "model") else "") or file.stem
+    weights = "ema" if args.ema and blob["ema"] else "raw"
+    state, facts = blob["ema" if weights == "ema" else "state_dict"], blob["data"] or {}
+    kind, config = blob["model"] or args.model, dict(blob["model_config"] or {})
+    if kind is None and any("embedding.weight" in key for key in state):
+        kind, config = "mst++", {"out_channels": 31}
+    if kind not in (*FACTORIES, "mst++"):
+        raise UserError(f"{path}: does not say which model it is (found {kind}); give --model and --model_size")
+    try:
+        config = config or {"model_size": args.model_size} | json.loads(args.model_options)
+        script, factory = FACTORIES.get(kind, (None, None))
+        module = getattr(importlib.import_module(script), factory)(**config) if script else mst_plus_plus(args.mst_root)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its configuration does not fit {kind}: {error}") from None
+    common.load_weights(module, state, path)
+    bands = config.get("out_channels") or getattr(module.config, "out_channels", 31)
+    wavelengths = [float(w) for w in facts.get("wavelengths") or np.linspace(400, 700, bands)]  # ARAD-1K's range
+    model = Loaded(name, path, kind, module.to(device, memory_format=torch.channels_last).eval(), device, weights,
+                   config, facts, facts.get("rgb_norm") or "per_image", wavelengths, bands)
+    with LiveBytes() as live:
+        forward(model, torch.rand(1, 3, 2 * MIN_SIDE, 2 * MIN_SIDE), args)
+    model.pixel_bytes = live.peak / (2 * MIN_SIDE) ** 2
+    return model
+
+
+def mst_plus_plus(root: str | None) -> nn.Module:
+    """MST_Plus_Plus from the one file of it in a checkout of its toolbox."""
+    scripts = sorted(Path(root).glob("**/architecture/MST_Plus_Plus.py")) if root else []
+    if not scripts:
+        raise UserError(f"--mst_root {root}: these are weights of MST++; give a checkout of it")
+    sys.path.append(str(scripts[0].parent))
+    return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
+
+
+def forward(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
+    """(B, 3, h, w) -> (B, bands, h, w) float32, followed by the scale's channels where the model has one."""
+    def one(x: Tensor) -> Tensor:
+        x = x.to(model.device, memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16) if args.amp else nullcontext():
+            out = model.module(x)
+            return (torch.cat(out, 1) if isinstance(out, tuple) else out).float()
+
+    height, width = rgb.shape[-2:]
+    rgb = F.pad(rgb, (0, max(0, MIN_SIDE - width), 0, max(0, MIN_SIDE - height)), mode="replicate")
+    if not args.ensemble:
+        return one(rgb)[..., :height, :width]
+    return sum(torch.rot90(one(torch.rot90(rgb.flip(flip), turns, (-2, -1))), -turns, (-2, -1)).flip(flip) / 8
+               for turns in range(4) for flip in ([-1], []))[..., :height, :width]  # [-1] mirrors the columns
+
+
+def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of evenly spaced tiles that cover a side, neighbours sharing at least `overlap` pixels."""
+    count = 1 if side <= tile else math.ceil((side - tile) / (tile - overlap)) + 1
+    return [i * (side - tile) // max(count - 1, 1) for i in range(count)]
+
+
+def ramp(length: int) -> Tensor:
+    """Weight of the later of two tiles across their overlap: 0 in the first quarter, 1 in the last, sin^2 between. So a
+    tile's outermost quarter, which has not seen its surroundings, is never used."""
+    x = (torch.arange(length) + 0.5) / length
+    return torch.sin((2 * x - 0.5).clamp(0, 1) * (math.pi / 2)) ** 2
+
+
+def blend_tiles(run: Callable, source: Callable, size: tuple[int, int], patch: int, overlap: int, batch: int,
+                allocate: Callable, tick: Callable = lambda pixels: None) -> np.ndarray:
+    """Predict an image of `size` (H, W) in tiles, row by row, holding a few tiles in memory beside the output.
+
+    run(x (B, 3, h, w)) -> (B, C, h, w); source(y0, y1, x0, x1) -> (3, h, w); allocate(C) -> array (C, H, W) to fill,
+    mapped or not. Overlaps are a + w (b - a), so equal tiles give exactly their value; outer edges stay the image's."""
+    (height, width), out, written = size, None, 0
+    tile_h, tile_w = min(patch, height), min(patch, width)
+    rows, cols = tile_offsets(height, tile_h, overlap), tile_offsets(width, tile_w, overlap)
+    for i, y in enumerate(rows):
+        above = rows[i - 1] + tile_h - y if i else 0  # rows shared with the strip above, which are in `out`
+        carry = None  # columns shared with the tile on the left
+        for first in range(0, len(cols), batch):
+            group = cols[first : first + batch]
+            tiles = run(torch.stack([source(y, y + tile_h, x, x + tile_w) for x in group])).cpu()
+            out = allocate(tiles.shape[1]) if out is None else out
+            for j, (x, tile) in enumerate(zip(group, tiles, strict=True), start=first):
+                if carry is not None:
+                    shared = tile[..., : carry.shape[-1]]
+                    shared.copy_(torch.lerp(carry, shared, ramp(carry.shape[-1])))
+                end = cols[j + 1] if j + 1 < len(cols) else width  # later tiles touch nothing left of here
+                carry, tile = tile[..., end - x :], tile[..., : end - x]
+                into = torch.from_numpy(out[:, y : y + tile_h, x:end])
+                into[:, :above] = torch.lerp(into[:, :above], tile[:, :above], ramp(above)[:, None])
+                if tile.shape == out.shape:  # four times as fast from channels_last as the plain copy
+                    into.flatten(1).copy_(tile.permute(1, 2, 0).flatten(0, 1).t())
+                else:
+                    into[:, above:] = tile[:, above:]
+                written = written + tile.nbytes if written < MAPPED_BYTES else release(out)
+            tick(len(group) * height * width / (len(rows) * len(cols)))
+    return out
+
+
+def release(array: np.ndarray) -> int:
+    """Let go of a mapped array's pages: they stay in its file and the system's cache, no longer in this process."""
+    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)
+    return 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive at once: a forward's peak memory on any device, without kernels' scratch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.alive.update(leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return result
+
+
+def plan_tile(model: Loaded, size: tuple[int, int], args: Settings) -> int:
+    """The longer side of the image when the whole frame fits the memory budget, else the side of a tile that does."""
+    cuda = model.device.type == "cuda"
+    free = min(psutil.virtual_memory().available, data.cgroup_free())
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else free
+    budget = (args.memory_gb or free / 2**30 / 2) * 2**30
+    per_pixel = 1.3 * model.pixel_bytes + 8 * model.bands  # 1.3 for the kernels' own scratch; 8: a cube and a copy
+    if size[0] * size[1] * per_pixel <= budget:
+        return max(size)
+    budget = budget if cuda else min(budget, TILE_BYTES)
+    return max(MIN_SIDE, min(MAX_TILE, int(math.sqrt(budget / per_pixel / args.batch_size))) // 32 * 32)
+
+
+def predict(model: Loaded, source: Callable, size: tuple[int, int], args: Settings, allocate: Callable, patch: int = 0,
+            channels: int | None = None, tick: Callable = lambda pixels: None) -> tuple[np.ndarray, int]:
+    """What `forward` gives for an image of any size, and the tile that was used; running out of memory halves it."""
+    patch = patch or args.patch_size or plan_tile(model, size, args)
+    while True:
+        limit = patch - 1 if patch == args.patch_size else patch // 2
+        overlap = patch // 4 if args.overlap is None else min(args.overlap, limit)
+        try:
+            return blend_tiles(lambda x: forward(model, x, args)[:, :channels], source, size, patch, overlap,
+                               args.batch_size, allocate, tick), patch
+        except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a plain RuntimeError
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
+            if min(patch, max(size)) < 2 * MIN_SIDE:
+                raise UserError(f"out of memory even with a tile of {patch} px; free some memory") from None
+            tried, patch = patch, min(patch, max(size)) // 2 // 8 * 8
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory with a tile of {tried} px: going on with {patch} px", file=sys.stderr)
+
+
+def read_photo(path: Path, work: Path) -> tuple[np.ndarray, list[str]]:
+    """An image file or .npy as (H, W, 3) uint8 RGB, big ones mapped to a file in `work`, and what was changed."""
+    if path.suffix == ".npy":
+        rgb = np.load(path, mmap_mode="r", allow_pickle=False)
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+            raise UserError(f"expected (H, W, 3) uint8, found {rgb.shape} {rgb.dtype}")
+        return rgb, []
+    with Image.open(path) as image:
+        wide, turned = image.mode[0] == "I", image.getexif().get(0x0112, 1) != 1  # 0x0112: orientation
+        remarks = [remark for remark, so in {
+            "16 bit reduced to 8": wide or ";16" in str(image.tile),  # of 16-bit RGB, Pillow gives the high bytes
+            "turned as its EXIF says": turned,
+            "alpha dropped": "A" in image.mode or "transparency" in image.info,
+            "grey repeated into R, G and B": image.mode[0] in "I1L",
+        }.items() if so]
+        if image.mode == "F":
+            raise UserError("floating-point pixels; save it with 8 bits a channel")
+        image = ImageOps.exif_transpose(image) if turned else image
+        rgb = allocate_array((image.height, image.width, 3), np.uint8, work)
+        for y in range(0, image.height, 1024):
+            strip = image.crop((0, y, image.width, min(y + 1024, image.height)))
+            pixels = np.asarray(strip if wide else strip.convert("RGB"))
+            rgb[y : y + 1024] = (pixels / 257).round().clip(0, 255)[..., None] if wide else pixels
+            release(rgb)
+    return rgb, remarks
+
+
+def allocate_array(shape: tuple[int, ...], dtype: type, work: Path) -> np.ndarray:
+    """An empty array: in memory when it is small, else mapped to a file in `work`."""
+    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(work).free
+    if size <= MAPPED_BYTES:
+        return np.empty(shape, dtype)
+    if size > free:
+        raise UserError(f"{work.parent}: needs {size / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are free")
+    return np.lib.format.open_memmap(work / f"{np.dtype(dtype)}.npy", mode="w+", dtype=dtype, shape=shape)
+
+
+def photo_source(rgb: np.ndarray, rgb_norm: str) -> tuple[Callable, int, int]:
+    """A reader of tiles in the training normalisation, and its range: the whole image's, never a tile's."""
+    low, high = int(rgb.min()), int(rgb.max())
+
+    def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
+        tile = torch.from_numpy(np.array(rgb[y0:y1, x0:x1])).permute(2, 0, 1)
+        release(rgb)
+        return common.normalise_rgb(tile, rgb_norm, low, high)
+
+    return source, low, high
+
+
+def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
+    """Write (bands, H, W) float32, in memory or mapped; the final name appears only when the file is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".cube-", dir=path.parent) as work:
+        file = Path(work) / path.name
+        if kind == "npy" and isinstance(cube, np.memmap):
+            os.replace(cube.filename, file)
+        elif kind == "npy":
+            np.save(file, cube)
+        elif kind == "npz":
+            np.savez(file, cube=cube, wavelengths=np.float32(wavelengths))
+        else:
+            (write_mat if kind == "mat" else write_envi)(file, cube, wavelengths)
+        for file in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
+            os.replace(file, path.parent / file.name)
+
+
+def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
+    """(band, rows) pieces that cover a cube; the pages of a mapped one are let go on the way."""
+    for band, block in np.ndindex(len(cube), math.ceil(cube.shape[1] / rows)):
+        yield band, slice(block * rows, (block + 1) * rows)
+        release(cube)
+
+
+def write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
+    """MATLAB v7.3: HDF5 after a 512-byte header. MATLAB is column-major: its H x W x bands is (bands, W, H) here."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        dataset = file.create_dataset("cube", (len(cube), *cube.shape[:0:-1]), np.float32)
+        dataset.attrs["MATLAB_class"] = np.bytes_("single")
+        for band, rows in blocks(cube):
+            dataset[band, :, rows] = cube[band, rows].T
+        file["bands"] = np.float64(wavelengths)[:, None]
+        file["bands"].attrs["MATLAB_class"] = np.bytes_("double")
+    text = f"MATLAB 7.3 MAT-file, Platform: Python, Created on: {time.asctime()} HDF5 schema 1.00 ."
+    with open(path, "r+b") as file:
+        file.write(text.ljust(116).encode() + bytes(8) + b"\x00\x02IM")  # no subsystem data, version 2, little-endian
+
+
+def write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
+    metadata = {"wavelength": [f"{w:g}" for w in wavelengths], "wavelength units": "Nanometers"}
+    image = extra("spectral.io.envi").create_image(str(path), metadata, ext=".img", shape=(*cube.shape[1:], len(cube)),
+                                                   dtype=np.float32, interleave="bsq")
+    target = image.open_memmap(interleave="source", writable=True)  # (bands, H, W)
+    for band, rows in blocks(cube):
+        target[band, rows] = cube[band, rows]
+        release(target)
+
+
+def extra(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {error.name}: pip install -r requirements-extra.txt") from None
+
+
+@contextmanager
+def figure(path: str | Path, columns: int, width: float, height: float) -> Iterator[np.ndarray]:
+    """Axes in a row to draw on; written as PNG in the end."""
+    from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the whole process
+
+    sheet = Figure(figsize=(width, height), layout="constrained")
+    yield sheet.subplots(1, columns, squeeze=False)[0]
+    common.atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
+
+
+def show(axis, image: np.ndarray, title: str = "", **settings):
+    axis.set(title=title)
+    axis.set_axis_off()
+    return axis.imshow(image, **settings)
+
+
+def save_text(path: Path, text: str) -> None:
+    common.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]) -> None:
+    """_preview.png (sRGB by the CIE 1964 observer), _bands.png (a montage), _spectra.png at points (x, y)."""
+    (bands, height, width), columns = cube.shape, math.ceil(math.sqrt(len(cube)))
+    step, rows = math.ceil(max(height, width) / 2048), math.ceil(bands / columns)
+    picture = common.cube_to_srgb(cube[:, ::step, ::step].transpose(1, 2, 0), wavelengths)
+    common.atomic_write(f"{stem}_preview.png", lambda file: Image.fromarray(picture).save(file, "png"))
+    small = np.pad(cube[:, :: 2 * step, :: 2 * step], [(0, rows * columns - bands), (0, 0), (0, 0)])
+    h, w = small.shape[1:]
+    sheet = small.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
+    with figure(f"{stem}_bands.png", 1, 12, min(40, 12 * rows * h / (columns * w))) as (axis,):
+        show(axis, sheet, cmap="gray", vmin=0, vmax=float(np.percentile(small[:bands], 99.5)))
+        for i, wavelength in enumerate(wavelengths):
+            axis.text(i % columns * w, i // columns * h, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
+    with figure(f"{stem}_spectra.png", 2, 10, 4) as (left, right):
+        show(left, picture)
+        for x, y in points or [(width * c // 6, height * r // 4) for r in (1, 3) for c in (1, 3, 5)]:
+            (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
+            left.plot(x / step, y / step, "o", color=line.get_color(), markeredgecolor="white")
+        right.set(xlabel="wavelength, nm")
+        right.legend(fontsize=8)
+
+
+def find_inputs(patterns: list[str]) -> list[Path]:
+    found: list[Path] = []
+    for pattern in map(Path, patterns):
+        if pattern.is_dir():
+            here = sorted(path for path in pattern.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES))
+        else:
+            here = [pattern] if pattern.exists() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+        if not here:
+            raise UserError(f"--input {pattern}: no such image, folder of images, or match")
+        found += here
+    return list(dict.fromkeys(found))
+
+
+def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
+    """Where each cube goes: `output` itself when it names a cube file, else <output>/<name of the image>."""
+    kinds = {".npy": "npy", ".npz": "npz", ".mat": "mat", ".hdr": "envi", ".img": "envi"}
+    named = None if output.is_dir() else kinds.get(output.suffix.lower())
+    if named and (len(inputs) > 1 or kind not in (None, named)):
+        raise UserError(f"--output {output}: one {named} file; give a folder for several inputs or for {kind}")
+    kind = named or kind or "npy"
+    targets = [output / (path.stem.removesuffix(".rgb") + WRITTEN[kind]) for path in inputs]
+    return [output.with_suffix(WRITTEN[kind])] if named else targets, kind
+
+
+def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
+    """One image to one cube file, and the line that says what was done."""
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target}: exists; give --overwrite to replace it")
+    start = time.perf_counter()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".inference-", dir=target.parent) as work:
+        rgb, remarks = read_photo(path, Path(work))
+        (source, low, high), (height, width) = photo_source(rgb, model.rgb_norm), rgb.shape[:2]
+        remarks += [f"edges repeated up to {MIN_SIDE} px"] * (min(height, width) < MIN_SIDE)
+        with tqdm(total=height * width / 1e6, unit="MPixel", desc=path.name, leave=False, disable=None,
+                  bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}") as bar:
+            cube, patch = predict(
+                model, source, (height, width), args,
+                lambda bands: allocate_array((bands, height, width), np.float32, Path(work)),
+                channels=model.bands, tick=lambda pixels: bar.update(pixels / 1e6))
+        if args.preview:
+            points = [(x, y) for x, y in args.points if x < width and y < height]
+            write_preview(target.with_suffix(""), cube, model.wavelengths, points)
+        write_cube(target, cube, model.wavelengths, kind)
+    seconds = time.perf_counter() - start
+    norm = f"per_image, {low}..{high} of the whole image to 0..1" if model.rgb_norm == "per_image" else "unit, /255"
+    how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
+    return "; ".join([f"{path} -> {target} {(model.bands, height, width)}", f"RGB {norm}", *remarks, how,
+                      f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"])
+
+
+def run_images(model: Loaded, args: Settings) -> None:
+    inputs = find_inputs(args.input)
+    targets, kind = output_paths(inputs, Path(args.output), args.format)
+    failures, taken = [], {}
+    for path, target in zip(inputs, targets, strict=True):
+        try:
+            if taken.setdefault(target, path) != path:
+                raise UserError(f"{taken[target]} gives {target.name} already; rename one")
+            print(reconstruct(model, path, target, kind, args))
+        except UNREADABLE as error:
+            failures.append(f"{path}: {error}")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(inputs)} inputs failed: " * (len(inputs) > 1) + "; ".join(failures))
+
+
+STRESS = {"recipe": {}} | {f"{key} {value}": {key: value} for key, values in {  # changes from the field's recipe
+    "exposure": (0.25, 0.5, 2.0, 4.0), "electrons": (5000, 200, 50), "jpeg_quality": (95, 30, 10),
+    "camera": ("analytic2",)}.items() for value in values}
+
+
+def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
+    """Score every model on the split, each rank its share of the scenes; rank 0 writes what concerns all of them."""
+    output, summaries, stress = Path(args.output), [], []
+    for model in models:
+        folder = output / model.name if len(models) > 1 else output
+        loader = data.val_loader(data.DataConfig(args.data_root, rgb_norm=model.rgb_norm, val_split=args.split,
+                                                 rank=ranks.rank, world_size=ranks.world_size))
+        if loader.bands != model.bands:
+            raise UserError(f"{model.path}: gives {model.bands} bands, {args.data_root} has {loader.bands}")
+        mine, peak = [], 0
+        for scene in tqdm(loader, desc=model.name, disable=None):
+            if not peak:  # this forward also warms up, so that the first one timed is like the others
+                with LiveBytes() as live:
+                    forward(model, scene.rgb, args)
+                peak = live.peak
+            mine.append(score(model, scene, args, folder))
+            for change, settings in STRESS.items() if args.stress else ():
+                cube = predict_scene(model, render(model, scene, **settings), args)[: model.bands]
+                mine[-1]["stress"][change] = common.scene_metrics(cube, scene.cube[0], floor=args.metric_floor)
+        records = sorted(sum(ranks.gather(mine), []), key=lambda record: record["scene_id"])
+        if ranks.is_main:
+            stressed = [record.pop("stress") for record in records]
+            summaries.append(summarise(model, records, peak, args, folder))
+            for change in stressed[0]:
+                mean = common.mean_metrics([scene[change] for scene in stressed])
+                stress.append({"model": model.name, "change": change, **{k: mean[k] for k in ("mrae", "rmse", "sam")}})
+    if ranks.is_main:
+        report(summaries, stress, args, output)
+
+
+def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
+    """`forward` of a frame (1, 3, H, W) from the loader, whole unless --patch_size says otherwise."""
+    size = tuple(rgb.shape[-2:])
+    out, _ = predict(model, lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1], size, args,
+                     lambda channels: np.empty((channels, *size), np.float32), patch=args.patch_size or max(size))
+    return torch.from_numpy(out)
+
+
+def render(model: Loaded, scene, exposure: float = 1.0, camera: str = "analytic", **settings) -> Tensor:
+    """The scene's RGB (1, 3, H, W), made again from its cube; `exposure` is relative to the given one."""
+    cube = scene.cube[0].permute(1, 2, 0).contiguous().numpy()
+    response = common.camera_response(camera, model.wavelengths)
+    mean = float(scene.rgb.mean()) if model.rgb_norm == "unit" else 0.18  # min-max leaves no trace of the exposure
+    rgb, _ = common.render_rgb(cube, response, rng=np.random.default_rng(zlib.crc32(scene.name.encode())),
+                               exposure=exposure * mean / float((cube @ response).mean()), **settings)
+    return photo_source(rgb, model.rgb_norm)[0](0, rgb.shape[0], 0, rgb.shape[1])[None]
+
+
+def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
+    """A scene's metrics, and its files in the layout that hsi_viz_suite reads."""
+    start, target, name = time.perf_counter(), scene.cube[0].float(), scene.name
+    out = predict_scene(model, scene.rgb, args)
+    seconds, cube = time.perf_counter() - start, out[: model.bands]
+    record = {"scene_id": name, **common.scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
+    if len(out) > model.bands:  # Laplace likelihood: P(|error| <= t) = 1 - exp(-t / scale)
+        ratio = (cube - target).abs() / out[model.bands :]
+        record |= {f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES}
+    common.write_json(folder / "metrics" / f"{name}_metrics.json", record)
+    kinds = [("hsi", "npy", cube, ""), ("hsi", "npy", target, "_target"), ("cubes", "mat", cube, "")]
+    for place, kind, array, suffix in kinds if args.format == "mat" else kinds[:2]:
+        write_cube(folder / place / f"{name}{suffix}{WRITTEN[kind]}", array.clamp(0, 1).contiguous().numpy(),
+                   model.wavelengths, kind)
+    bands = common.per_band_metrics(common.centre_crop(cube), common.centre_crop(target), args.metric_floor)
+    return record | {"bands": bands, "seconds": seconds, "stress": {"as given": record} if args.stress else {}}
+
+
+def summarise(model: Loaded, records: list[dict], peak: int, args: Settings, folder: Path) -> dict:
+    """metrics.csv, summary.json (means over scenes with bootstrap intervals, per band, costs) and the figures."""
+    bands, seconds = ([record.pop(key) for record in records] for key in ("bands", "seconds"))
+    mean = {key: value for key, value in common.mean_metrics(records).items() if key != "metric_floor"}
+    ordered = [record["scene_id"] for record in sorted(records, key=lambda record: record["mrae"])]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a CPU's fast kernel counts as 0
+        forward(model, torch.rand(1, 3, 256, 256), replace(args, ensemble=False))
+    summary = {
+        "name": model.name, "checkpoint": model.path, "model": model.kind, "weights": model.weights, "amp": args.amp,
+        "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": args.patch_size, "device": str(model.device),
+        "data_root": args.data_root, "split": args.split, "scenes": len(records), "border": records[0]["border"],
+        "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
+        "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
+        "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
+        "parameters": sum(p.numel() for p in model.module.parameters()), "macs_256": counter.get_total_flops() // 2,
+        "seconds_per_frame": float(np.median(seconds)), "peak_memory_mb": peak / 2**20,
+        "best": ordered[0], "worst": ordered[-1],
+    }
+    cells = [records[0], *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records)]
+    save_text(folder / "metrics.csv", "".join(",".join(row) + "\n" for row in cells))
+    common.write_json(folder / "summary.json", summary)
+    for rank in ("best", "worst"):
+        scene_figure(folder, summary[rank], model.wavelengths, folder / "figures" / f"{rank}.png")
+    inside = {p: 100 * mean[f"coverage_{p}"] for p in COVERAGES if f"coverage_{p}" in mean}
+    with figure(folder / "figures" / "curves.png", 4, 16, 3.6) as axes:
+        for axis, (key, values) in zip(axes, summary["per_band"].items(), strict=False):
+            axis.plot(model.wavelengths, values, marker=".")
+            axis.set(xlabel="wavelength, nm", title=f"{key.upper()} per band")
+        axes[3].plot([0, 100], [0, 100], "k:", list(inside), list(inside.values()), "o-")
+        axes[3].set(xlabel="nominal interval, %", title="values inside, %" if inside else "no calibration: no scale")
+    return summary
+
+
+def scene_figure(folder: Path, scene: str, wavelengths: list[float], path: Path) -> None:
+    """Target and prediction in sRGB, map of the relative error, spectra at four points."""
+    cube, target = (np.load(folder / "hsi" / f"{name}.npy") for name in (scene, f"{scene}_target"))
+    error = (np.abs(cube - target) / np.maximum(target, 0.01)).mean(0)
+    with figure(path, 4, 17, 4) as (first, second, third, plot):
+        show(first, common.cube_to_srgb(target.transpose(1, 2, 0), wavelengths), f"{scene}, target")
+        show(second, common.cube_to_srgb(cube.transpose(1, 2, 0), wavelengths), "prediction")
+        image = show(third, error, "relative error (floor 0.01)", cmap="magma", vmax=np.percentile(error, 99))
+        third.figure.colorbar(image, ax=third)
+        for i, (v, u) in enumerate(((1, 1), (1, 3), (3, 1), (3, 3))):
+            y, x = v * cube.shape[1] // 4, u * cube.shape[2] // 4
+            second.plot(x, y, "o", color=f"C{i}", markeredgecolor="white")
+            plot.plot(wavelengths, target[:, y, x], f"C{i}-", wavelengths, cube[:, y, x], f"C{i}--")
+        plot.set(xlabel="wavelength, nm", title="target (line) and prediction (dashed)")
+
+
+def report(summaries: list[dict], stress: list[dict], args: Settings, output: Path) -> None:
+    """table.md, for several models summary.json, and stress.* where asked for."""
+    def table(rows: list[dict]) -> str:
+        lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in line] for line in lines)
+        return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+    rows, first = [], summaries[0]
+    for s in summaries:
+        how = f"{s['weights']} weights, rgb {s['rgb_norm']}" + ", 8 views" * s["ensemble"]
+        rows.append({"model": f"{s['name']} ({how})"} | {
+            key: "{:.4f} [{:.4f}, {:.4f}]".format(s["mean"][key], *s["interval_95"][key])
+            for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")} | {
+            "params M": f"{s['parameters'] / 1e6:.2f}", "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",
+            "s/frame": f"{s['seconds_per_frame']:.3f}", "peak MB": f"{s['peak_memory_mb']:.0f}"})
+    text = (f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
+            f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}\n\n{table(rows)}")
+    save_text(output / "table.md", text)
+    print(text)
+    if len(summaries) > 1:
+        common.write_json(output / "summary.json", {"models": summaries})
+    if stress:
+        save_text(output / "stress.md", table(stress))
+        common.write_json(output / "stress.json", {"metric_floor": args.metric_floor, "rows": stress})
+        print(table(stress))
+        with figure(output / "figures" / "stress.png", 2, 12, 4.5) as axes:
+            for axis, key in zip(axes, ("mrae", "sam"), strict=True):
+                for s in summaries:
+                    mine = {row["change"]: row[key] for row in stress if row["model"] == s["name"]}
+                    axis.plot(list(mine.values()), list(mine), "o-", label=s["name"])
+                axis.set(xlabel=key.upper())
+                axis.legend()
+
+
+def export(model: Loaded, args: Settings) -> None:
+    """Safetensors, configuration, model card, and an ONNX file of one input size, held against torch's output."""
+    onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
+    folder, side, module = Path(args.export), args.patch_size or 256, model.module.cpu()
+    common.save_weights(folder / "model.safetensors", module.state_dict(), model.kind, model.config, model.data)
+    example = torch.rand(1, 3, side, side)
+    torch.onnx.export(module, (example,), folder / "model.onnx", input_names=["rgb"], external_data=False)
+    with torch.no_grad():
+        expected = tree_leaves(module(example))[0].numpy()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    error = float(np.abs(session.run(None, {"rgb": example.numpy()})[0] - expected).max())
+    if not error <= 1e-3 * max(1.0, np.abs(expected).max()):
+        raise UserError(f"{folder / 'model.onnx'}: differs from torch by {error:.2g}; do not use it")
+    facts = {
+        "model": model.kind, "weights": f"{model.weights} of {Path(model.path).name}", "rgb_norm": model.rgb_norm,
+        "input": "(B, 3, H, W) float32 RGB: per_image = (x - min) / (max - min) of the whole image, unit = x / 255",
+        "least_side": MIN_SIDE, "wavelengths": model.wavelengths,
+        "output": f"(B, {model.bands}, H, W) float32", "parameters": sum(p.numel() for p in module.parameters()),
+        "onnx_input": [1, 3, side, side], "onnx_difference": error, "model_config": model.config, "data": model.data}
+    common.write_json(folder / "config.json", facts)
+    save_text(folder / "README.md", f"# {model.name}: RGB to {model.bands} spectral bands\n\n" + "".join(
+        f"- {key}: {value}\n" for key, value in facts.items()) + "\nThree channels do not determine a spectrum: "
+        "trust this for cameras, light and scenes like those of its training data.\n\n"
+        "    python sharp_inference.py --checkpoint model.safetensors --input photo.jpg --output photo.npy\n")
+    print(f"{folder}: model.safetensors, config.json, README.md, model.onnx ({side} px, within {error:.1e} of torch)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = common.parse_dataclass(Settings, argv, __doc__.split("\n")[0])
+    ranks, device = common.init_process_group(args.device)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    models = [load_model(spec, args, device) for spec in args.checkpoint]
+    for model in models if ranks.is_main else []:
+        print(f"{model.name}: {model.path}, {model.kind}, {model.weights} weights, rgb_norm {model.rgb_norm}, "
+              f"{model.bands} bands {model.wavelengths[0]:g}..{model.wavelengths[-1]:g} nm, on {device}")
+    if len({model.name for model in models}) < len(models):
+        raise UserError("--checkpoint: two have the same name; write NAME=FILE")
+    if args.evaluate or args.stress:
+        evaluate(models, args, ranks)
+    if args.input:
+        run_images(models[0], args)
+    if args.export:
+        export(models[0], args)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)

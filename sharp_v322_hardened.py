@@ -1,0 +1,751 @@
+"""SHARP v3.2.2: an RGB to hyperspectral U-net with exact sparse attention, and the step engine that trains it.
+
+    model = create_sharp_v32("tiny", in_channels=3, out_channels=31)
+    model.fit_spectral_path(rgb, cube)        # start at the best linear map from RGB to the bands
+    cube = model(rgb)                         # (B, 3, H, W) -> (B, 31, H, W), any H and W from 64 up
+
+From top to bottom: sparse attention (exact top-k, key blocks, local windows), layers, model, step engine.
+Shapes: B batch, h heads, N tokens, D head width, K keys kept, H W pixels, C channels.
+"""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import register_flop_formula
+
+from common_utils_v32 import DropPath, build_from_checkpoint, fit_linear_spectral_path, opt
+
+SPARSE_MODES = ("topk", "block", "sparsemax", "local")
+TILE = 8                      # side in pixels of a query tile of local attention
+ROW_GROUP = 16                # rows and keys of a score tile come in groups: BLAS sums in another order for tiny ones
+MASKED = -1e30                # a score that gets no weight; finite, so that padded queries, without keys, stay finite
+TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}    # scores held at a time: 1 MiB is a core's L2 cache, 64 MiB fill a GPU
+
+
+# ---- sparse attention: exact top-k --------------------------------------------------------------------------------
+
+def _register(name: str, forward, backward, keys):
+    """An operator whose loops stay out of compiled graphs. It maps q, k, v and settings to (out, a number a
+    query); its backward gets the gradient, q, k, v, both outputs and the settings. `keys(k's shape, settings)` counts the
+    keys that a query meets: two products forward, five backward, which computes the scores again."""
+    op = torch.library.custom_op(f"hsi::{name}", forward, mutates_args=())
+    back = torch.library.custom_op(f"hsi::{name}_backward", backward, mutates_args=())
+    op.register_fake(lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1)))
+    back.register_fake(lambda grad, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.settings = inputs[3:]
+
+    def gradients(ctx, grad, _):
+        return *back(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * len(ctx.settings)
+
+    def flops(q, k, v, *settings, out_shape=None, products=(1, 1)):
+        return 2 * math.prod(q[:-1]) * keys(k, settings) * (products[0] * q[-1] + products[1] * v[-1])
+
+    op.register_autograd(gradients, setup_context=setup)
+    register_flop_formula(getattr(torch.ops.hsi, name))(flops)
+    register_flop_formula(getattr(torch.ops.hsi, f"{name}_backward"))(
+        lambda grad, q, k, v, out, extra, *settings, out_shape=None: flops(q, k, v, *settings, products=(3, 2)))
+    return op
+
+
+def keys_to_keep(n: int, ratio: float) -> int:
+    """K = max(1, ceil((1 - ratio) * n)), with room for the rounding of 1 - ratio (0.9 of 300 keeps 30, not 31)."""
+    return max(1, math.ceil((1.0 - ratio) * n - 1e-6))
+
+
+def _spans(total: int, size: int):
+    """(start, stop) pairs that cover range(total), `size` rounded up to ROW_GROUP long; a short tail joins the last."""
+    size = -(-size // ROW_GROUP) * ROW_GROUP
+    starts = list(range(0, total, size))
+    if len(starts) > 1 and total - starts[-1] < ROW_GROUP:
+        starts.pop()
+    return list(zip(starts, starts[1:] + [total]))
+
+
+def _score_tiles(q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int):
+    """Yield (heads, rows, scores): slices of q and the scores (g, r, N) of those queries in a buffer that is reused."""
+    (heads, n_q, _), n_k = q.shape, k.shape[1]
+    budget = TILE_SCORES.get(q.device.type, 2**24) * (torch.get_num_threads() if q.device.type == "cpu" else 1)
+    whole = n_q <= q_block_size and n_q * n_k <= budget
+    group = max(1, budget // (n_q * n_k)) if whole else 1
+    row_spans = _spans(n_q, n_q if whole else max(1, min(q_block_size, budget // n_k)))
+    buffer = q.new_empty(min(group, heads) * max(b - a for a, b in row_spans) * n_k)
+    for h in range(0, heads, group):
+        hs = slice(h, min(h + group, heads))
+        for a, b in row_spans:
+            shape = (hs.stop - h, b - a, n_k)
+            scores = buffer[:math.prod(shape)].view(shape)
+            for c, d in _spans(n_k, block_size):
+                torch.bmm(q[hs, a:b], k[hs, c:d].mT, out=scores[..., c:d])
+            yield hs, slice(a, b), scores.mul_(scale)
+
+
+def _kth_largest(scores: Tensor, keep: int) -> Tensor:
+    """The keep-th largest score of each row, (..., 1). On a CPU NumPy's partition takes a tenth of kthvalue's time."""
+    index = scores.shape[-1] - keep
+    if scores.device.type != "cpu":
+        return scores.kthvalue(index + 1, dim=-1, keepdim=True).values
+    work = scores.clone().numpy()
+    work.partition(index, axis=-1)
+    return torch.from_numpy(work[..., index:index + 1].copy())
+
+
+def _keep_and_softmax_(scores: Tensor, threshold: Tensor) -> Tensor:
+    """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0 elsewhere."""
+    below = torch.nextafter(threshold, threshold.new_tensor(-math.inf))
+    scores.sub_(below.minimum(threshold - torch.finfo(threshold.dtype).tiny))     # > 0 exactly where score >= threshold
+    F.threshold_(scores, 0.0, -math.inf)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _topk_forward(q: Tensor, k: Tensor, v: Tensor, keep: int, scale: float, block_size: int,
+                    q_block_size: int) -> tuple[Tensor, Tensor]:
+    out, threshold = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], 1)
+    for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
+        threshold[hs, rows] = limit = _kth_largest(scores, keep)
+        torch.bmm(_keep_and_softmax_(scores, limit), v[hs], out=out[hs, rows])
+    return out, threshold
+
+
+def _topk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, threshold: Tensor, keep: int,
+                   scale: float, block_size: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (grad * out).sum(-1, keepdim=True)
+    buffer = None
+    for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
+        weights = _keep_and_softmax_(scores, threshold[hs, rows])
+        dv[hs].baddbmm_(weights.mT, grad[hs, rows])
+        buffer = torch.empty_like(weights) if buffer is None or buffer.numel() < weights.numel() else buffer
+        ds = torch.bmm(grad[hs, rows], v[hs].mT, out=buffer.view(-1)[:weights.numel()].view(weights.shape))
+        ds.sub_(delta[hs, rows]).mul_(weights)
+        torch.bmm(ds, k[hs], out=dq[hs, rows])
+        dk[hs].baddbmm_(ds.mT, q[hs, rows])
+    return dq.mul_(scale), dk.mul_(scale), dv
+
+
+_topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, settings: k[1])
+
+
+# ---- sparse attention: local windows --------------------------------------------------------------------------------
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, most entries are exactly 0."""
+    with torch.no_grad():
+        ordered = scores.sort(-1, descending=True).values
+        rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+        size = (1 + rank * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True).clamp_min(1)
+        support = scores >= ordered.gather(-1, size - 1)
+    total = scores.masked_fill(~support, 0.0).sum(-1, keepdim=True)
+    return (scores - (total - 1) / support.sum(-1, keepdim=True)).clamp_min(0.0)
+
+
+class _LocalTiles:
+    """A tile is TILE x TILE pixels of queries; its keys are those pixels and a border `reach` wide. A step is a few
+    tiles in a row. All tensors are images (BH, H, W, D): only a step's strip is padded, never the frame."""
+
+    def __init__(self, q: Tensor, side: int):
+        self.height, self.width = q.shape[1:3]
+        self.reach, self.halo = side // 2, TILE + side - 1
+        self.columns = -(-self.width // TILE)
+        budget = 2 * TILE_SCORES.get(q.device.type, 2**24)
+        self.per_step = max(1, min(self.columns, budget // (q.shape[0] * TILE**2 * self.halo**2)))
+        self.across = -(-self.columns // self.per_step)
+        self.steps = -(-self.height // TILE) * self.across
+        offset = torch.arange(self.halo, device=q.device) - torch.arange(TILE, device=q.device)[:, None]
+        near = (offset >= 0) & (offset < side)                            # (TILE, halo): in the window, along one axis
+        near = (near[:, None, :, None] & near[None, :, None, :]).reshape(1, 1, TILE * TILE, -1)
+        self.window = q.new_zeros(()).where(near, MASKED)
+
+    def _place(self, step: int, reach: int):
+        """A step's tile count, the part of the frame that its strip covers, and the padding around that."""
+        row, part = divmod(step, self.across)
+        top, left = row * TILE - reach, part * self.per_step * TILE - reach
+        tiles = min(self.per_step, self.columns - part * self.per_step)
+        bottom, right = top + TILE + 2 * reach, left + tiles * TILE + 2 * reach
+        rows, columns = slice(max(0, top), min(bottom, self.height)), slice(max(0, left), min(right, self.width))
+        return tiles, rows, columns, (columns.start - left, right - columns.stop, rows.start - top, bottom - rows.stop)
+
+    def take(self, x: Tensor, step: int, reach: int) -> Tensor:
+        """Tiles of pixels (reach 0) or of keys: (BH, tiles, side * side, D)."""
+        _, rows, columns, pad = self._place(step, reach)
+        strip = F.pad(x[:, rows, columns], (0, 0, *pad))
+        return strip.unfold(2, TILE + 2 * reach, TILE).permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+    def add(self, x: Tensor, value: Tensor, step: int, reach: int):
+        """Add such tiles to the frame. Neighbours share the border: they are added a tile's width at a time."""
+        tiles, rows, columns, (left, _, top, _) = self._place(step, reach)
+        size = TILE + 2 * reach
+        value = value.unflatten(2, (size, size))
+        strip = x.new_zeros(x.shape[0], size, (tiles - 1) * TILE + size, x.shape[3])
+        for shift in range(0, size, TILE):
+            part = value[:, :, :, shift:shift + TILE]
+            span = strip[:, :, shift:shift + (tiles - 1) * TILE + part.shape[3]]
+            span.unfold(2, part.shape[3], TILE).permute(0, 2, 1, 4, 3).add_(part)
+        frame = x[:, rows, columns]
+        frame += strip[:, top:top + frame.shape[1], left:left + frame.shape[2]]
+
+    def inputs(self, step: int, q: Tensor, k: Tensor, v: Tensor):
+        """q, k, v of a step, what the window adds to its scores, and which keys are in the frame (None: all)."""
+        tiles, rows, columns, pad = self._place(step, self.reach)
+        q, k, v = self.take(q, step, 0), self.take(k, step, self.reach), self.take(v, step, self.reach)
+        if not any(pad):
+            return q, k, v, self.window, None
+        frame = k.new_ones(1, rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool)
+        frame = F.pad(frame, pad).unfold(2, self.halo, TILE).transpose(1, 2).reshape(1, tiles, 1, -1)
+        return q, k, v, self.window, frame
+
+
+def _local_weights(q: Tensor, k: Tensor, window: Tensor, frame: Optional[Tensor], scale: float, pad_value: float,
+                   sparse: bool) -> Tensor:
+    """Softmax, or sparsemax with keys outside the frame masked or at `pad_value` (nan: masked)."""
+    scores = (q @ k.mT).mul_(scale)
+    if not sparse:
+        scores += window if frame is None else window.where(frame, MASKED)
+        return torch.softmax(scores, -1, out=scores)
+    if frame is not None:
+        scores.masked_fill_(~frame, MASKED if math.isnan(pad_value) else pad_value)
+    return sparsemax(scores.masked_fill_(window < 0, MASKED))
+
+
+def _local_forward(q: Tensor, k: Tensor, v: Tensor, side: int, scale: float, pad_value: float,
+                   sparse: bool) -> tuple[Tensor, Tensor]:
+    tiles = _LocalTiles(q, side)
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    for step in range(tiles.steps):
+        tq, tk, tv, window, frame = tiles.inputs(step, q, k, v)
+        if sparse:
+            result = _local_weights(tq, tk, window, frame, scale, pad_value, sparse) @ tv
+        else:
+            mask = window if frame is None else window.where(frame, MASKED)
+            result = F.scaled_dot_product_attention(tq, tk, tv, attn_mask=mask, scale=scale)
+        tiles.add(out, result, step, 0)
+    return out, q.new_empty(*q.shape[:-1], 1)
+
+
+def _local_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, unused: Tensor, side: int, scale: float,
+                    pad_value: float, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = _LocalTiles(q, side)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for step in range(tiles.steps):
+        tq, tk, tv, window, frame = tiles.inputs(step, q, k, v)
+        tg, weights = tiles.take(grad, step, 0), _local_weights(tq, tk, window, frame, scale, pad_value, sparse)
+        ds = tg @ tv.mT
+        if sparse:                                      # the Jacobian of sparsemax: centred on the support, 0 elsewhere
+            support = (weights > 0).to(ds.dtype)
+            mean = (ds * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)
+            ds = (ds - mean) * (support if frame is None else support * frame)
+        else:
+            ds.sub_((tg * tiles.take(out, step, 0)).sum(-1, keepdim=True)).mul_(weights)
+        tiles.add(dq, (ds @ tk).mul_(scale), step, 0)
+        tiles.add(dk, (ds.mT @ tq).mul_(scale), step, tiles.reach)
+        tiles.add(dv, weights.mT @ tg, step, tiles.reach)
+    return dq, dk, dv
+
+
+_local_op = _register("local_attention", _local_forward, _local_backward, lambda k, settings: (TILE + settings[0] - 1) ** 2)
+
+
+# ---- sparse attention: blocks of keys, and the one entrance ----------------------------------------------------------
+
+def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
+    """Gathering whole blocks costs a hundredth of the products; the gathered keys take N / q_block * K * D."""
+    n_q, n_k, heads = q.shape[1], k.shape[1], len(q)
+    size = min(block_size, max(ROW_GROUP, min(64, n_k // 32)))    # so that a tenth of the blocks is a choice
+    q_size = min(q_block_size, 2 * size)
+    q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % s)).unflatten(1, (-1, s)) for x, s in
+               ((q, q_size), (k, size), (v, size)))
+    blocks = k.shape[1]
+    keep = min(keys_to_keep(blocks, ratio), max(1, k_cap // size))
+    with torch.no_grad():                               # padded keys are zeros: they leave a sum as it is
+        tail = k.new_tensor([size] * (blocks - 1) + [n_k - size * (blocks - 1)])
+        pooled = (k.sum(2) / tail[:, None]).mT
+        parts = q.mean(2).split(max(1, 2**22 // (heads * blocks)), 1)
+        index = torch.cat([(part @ pooled).topk(keep, sorted=False).indices for part in parts], 1)
+        rows = (index + blocks * torch.arange(heads, device=q.device)[:, None, None]).flatten()
+        place = index[..., None] * size + torch.arange(size, device=q.device)
+        mask = (place < n_k).flatten(2)[:, :, None] if n_k < blocks * size else None
+    k, v = (x.flatten(0, 1).flatten(1).index_select(0, rows).view(heads, -1, keep * size, x.shape[-1]) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[:, :n_q]
+
+
+def _check_attention(q, k, v, ratio, sizes, window_size, mode, local, spatial_shape):
+    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape[0] == k.shape[0] == v.shape[0]
+            and q.shape[2] == k.shape[2] and k.shape[1] == v.shape[1] and min(q.shape[1], k.shape[1]) > 0):
+        raise ValueError("q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not "
+                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"sparsity_ratio must be in [0, 1), not {ratio}")
+    for name, size in sizes.items():
+        if size < 1 or size != int(size):
+            raise ValueError(f"{name} must be a positive integer, not {size}")
+    if math.isqrt(window_size) ** 2 != window_size or window_size % 2 == 0:
+        raise ValueError(f"window_size must be an odd square (9, 25, 49, ...), not {window_size}")
+    if mode not in SPARSE_MODES:
+        raise ValueError(f"sparse_mode must be one of {', '.join(SPARSE_MODES)}, not {mode!r}")
+    if local and (spatial_shape is None or math.prod(spatial_shape) != q.shape[1] or q.shape[1] != k.shape[1]):
+        raise ValueError(f"local windows need spatial_shape=(H, W), H * W = {q.shape[1]} tokens, not {spatial_shape}")
+
+
+def sparse_attention_topk_streaming(
+        q: Tensor, k: Tensor, v: Tensor, sparsity_ratio: float = 0.9, scale: Optional[float] = None,
+        block_size: int = 2048, max_tokens: int = 8192, window_size: int = 49, k_cap: int = 1024,
+        q_block_size: int = 1024, *, spatial_shape: Optional[tuple[int, int]] = None, sparse_mode: str = "topk",
+        sparsemax_pad_value: Optional[float] = None) -> Tensor:
+    """Attention of q (B*h, N, D) to a few keys k (B*h, N, D), v (B*h, N, Dv): (B*h, N, Dv). Never N x N in memory.
+
+    "topk": softmax over the K = max(1, ceil((1 - ratio) N)) best keys of every query, at most `k_cap`, ties kept. Exact
+        whatever `block_size` (keys a product) and `q_block_size` (queries a tile, in groups of 16). Ratio 0 is dense.
+    "block": whole blocks of up to `block_size` keys for a block of queries, chosen by their mean scores; the time falls
+        with the ratio. Not bound by `max_tokens`; `k_cap` holds.
+    "local", and "topk" above `max_tokens`: the `window_size` pixels around each query (49 is 7 x 7) in `spatial_shape`.
+    "sparsemax": the same windows with sparsemax; pixels outside the frame are masked, or score `sparsemax_pad_value`.
+    Raises ValueError for bad values, and when windows are needed and `spatial_shape` is not given.
+    """
+    local = sparse_mode in ("local", "sparsemax") or (sparse_mode == "topk" and k.shape[1] > max_tokens)
+    sizes = dict(block_size=block_size, max_tokens=max_tokens, window_size=window_size, k_cap=k_cap,
+                 q_block_size=q_block_size)
+    _check_attention(q, k, v, sparsity_ratio, sizes, window_size, sparse_mode, local, spatial_shape)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):  # scores of half precision would move the threshold
+        q, k, v = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (q, k, v))
+        if local:
+            run = _local_forward if torch.compiler.is_exporting() else _local_op
+            pad_value = math.nan if sparsemax_pad_value is None else sparsemax_pad_value
+            q, k, v = (x.unflatten(1, spatial_shape) for x in (q, k, v))
+            out = run(q, k, v, math.isqrt(window_size), scale, pad_value, sparse_mode == "sparsemax")[0].flatten(1, 2)
+        elif sparsity_ratio == 0.0:
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+        elif sparse_mode == "block":
+            out = _block_attention(q, k, v, scale, sparsity_ratio, k_cap, block_size, q_block_size)
+        else:
+            run = _topk_forward if torch.compiler.is_exporting() else _topk_op
+            keep = min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)
+            out = run(q.contiguous(), k.contiguous(), v.contiguous(), keep, scale, block_size, q_block_size)[0]
+    return out.to(dtype)
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "tiny": {"base_dim": 48, "depths": (2, 2, 2), "heads": (1, 2, 4), "mlp_ratios": (2.0, 2.0, 2.0)},
+    "small": {"base_dim": 64, "depths": (2, 3, 3), "heads": (2, 2, 4), "mlp_ratios": (2.0, 2.0, 2.0)},
+    "base": {"base_dim": 96, "depths": (3, 4, 6), "heads": (2, 4, 6), "mlp_ratios": (2.0, 2.0, 2.0)},
+    "large": {"base_dim": 144, "depths": (3, 6, 8), "heads": (3, 4, 8), "mlp_ratios": (2.0, 2.0, 2.0)},
+}
+LEVEL_WIDTHS = (1.0, 1.75, 2.75, 3.5)    # of base_dim, at 1/2, 1/4, 1/8 and 1/16 of the resolution
+PIXEL_DIM = 48                           # width of the full-resolution network
+BASIS_RANK = 16                          # smooth spectra that the head mixes; measured reflectances need fewer than 10
+DARK = 0.01                              # added to the intensity, the floor of the relative error
+
+
+@dataclass
+class SHARPv32Config:
+    """Settings of SHARP. Tuples hold one entry a level, from fine to coarse."""
+
+    in_channels: int = opt(3, "channels of the image", group="model")
+    out_channels: int = opt(31, "bands of the cube", group="model")
+    base_dim: int = opt(48, "channels at half resolution", group="model")
+    depths: tuple[int, ...] = opt((2, 2, 2), "blocks of each level; a decoder has one less, at least 1", group="model")
+    heads: tuple[int, ...] = opt((1, 2, 4), "attention heads of each branch, by level", group="model")
+    mlp_ratios: tuple[float, ...] = opt((2.0, 2.0, 2.0), "hidden width of an MLP over its input's", group="model")
+    drop_path_rate: float = opt(0.0, "chance to drop a branch of the last block, rising to it", group="model")
+    use_checkpoint: bool = opt(False, "recompute blocks in the backward to save memory", group="model")
+    min_input_size: int = opt(64, "smallest height and width, pixels", group="model")
+    sparse_mode: Literal["topk", "block", "sparsemax", "local"] = opt(
+        "topk", "attention of the coarsest level", group="sparse attention", choices=SPARSE_MODES)
+    sparse_sparsity_ratio: float = opt(0.9, "share of keys that a query ignores", group="sparse attention")
+    sparse_block_size: int = opt(2048, "keys in a product", group="sparse attention")
+    sparse_q_block_size: int = opt(1024, "queries in a tile", group="sparse attention")
+    sparse_max_tokens: int = opt(8192, "above it, local windows", group="sparse attention")
+    sparse_window_size: int = opt(49, "tokens in a local window, an odd square", group="sparse attention")
+    sparse_k_cap: int = opt(1024, "most keys that a query keeps", group="sparse attention")
+    rbf_centers_per_head: int = opt(32, "RBF features of queries and keys", group="sparse attention")
+    key_rbf_mode: Literal["linear", "mean", "none"] = opt(
+        "linear", "keys: RBF features mixed, RBF features averaged (same keys for all queries), or no RBF",
+        group="sparse attention", choices=("linear", "mean", "none"))
+    sparsemax_pad_value: Optional[float] = opt(
+        None, "sparsemax score outside the frame; none masks", group="sparse attention")
+    non_negative: bool = opt(True, "clamp the cube at 0, gradients pass", group="model")
+    basis_weight: float = opt(0.01, "weight of the loss that keeps spectra smooth, orthonormal", group="model")
+    compile_mode: Optional[str] = opt(None, "torch.compile mode of the step engine; none is eager", group="model")
+    ema_update_every: int = opt(1, "steps between updates of the averaged weights", group="model")
+
+    def __post_init__(self):
+        self.depths, self.heads, self.mlp_ratios = tuple(self.depths), tuple(self.heads), tuple(self.mlp_ratios)
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
+            if type(field.default) is int and (value < 1 or value != int(value)):
+                raise ValueError(f"{field.name} must be a positive integer, not {value}")
+        levels = len(self.depths)
+        if not 2 <= levels <= len(LEVEL_WIDTHS) or {len(self.heads), len(self.mlp_ratios)} != {levels} \
+                or min(*self.depths, *self.heads) < 1 or min(self.mlp_ratios) <= 0:
+            raise ValueError(f"depths {self.depths}, heads {self.heads}, mlp_ratios {self.mlp_ratios}: need one positive "
+                             f"value for each of 2 to {len(LEVEL_WIDTHS)} levels")
+        if not (0 <= self.drop_path_rate < 1 and 0 <= self.sparse_sparsity_ratio < 1):
+            raise ValueError("drop_path_rate and sparse_sparsity_ratio must be in [0, 1)")
+        if math.isqrt(self.sparse_window_size) ** 2 != self.sparse_window_size or self.sparse_window_size % 2 == 0:
+            raise ValueError(f"sparse_window_size must be an odd square (9, 25, 49), not {self.sparse_window_size}")
+
+    @property
+    def dims(self) -> list[int]:
+        """Channels of each level, a multiple of 8 for each head of the two branches."""
+        return [max(1, round(self.base_dim * w / (8 * h))) * 8 * h for w, h in zip(LEVEL_WIDTHS, self.heads)]
+
+
+# ---- layers; inside the model images are (B, H, W, C) --------------------------------------------------------------
+
+class ChannelRMSNorm(nn.Module):
+    """Each pixel's channels over their root mean square, times a weight: (B, C, H, W), or channels elsewhere.
+
+    Nothing is cached for evaluation, so nothing goes stale: the fused norm takes 1.2 x the time of a plain copy."""
+
+    def __init__(self, dim: int, channel_dim: int = 1, eps: float = 1e-6):
+        super().__init__()
+        self.channel_dim, self.eps = channel_dim, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(self.channel_dim, -1)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).movedim(-1, self.channel_dim)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _shrink(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C). An odd side repeats its end: every token holds real pixels."""
+    x = torch.cat([x, x[:, -1:]], 1) if x.shape[1] % 2 else x
+    x = torch.cat([x, x[:, :, -1:]], 2) if x.shape[2] % 2 else x
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+
+
+def _grow(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w, 4C) -> (B, height, width, C), the inverse."""
+    return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :height, :width]
+
+
+class RBFProjection(nn.Module):
+    """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys, about 0.14 each at the start."""
+
+    def __init__(self, heads: int, width: int, centers: int, key_mode: str):
+        super().__init__()
+        self.key_mode = key_mode
+        self.centers = nn.Parameter(torch.randn(heads, width, centers))
+        self.log_gamma = nn.Parameter(torch.full((heads, 1, 1), -math.log(width)))
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 8.0))
+        if key_mode == "linear":
+            self.mix = nn.Parameter(torch.eye(centers) + 0.02 * torch.randn(heads, centers, centers))
+        elif key_mode == "none":
+            self.mix = nn.Parameter(torch.randn(heads, width, centers) / width)
+
+    def features(self, x: Tensor) -> Tensor:
+        distance = x.shape[-1] + self.centers.square().sum(1, keepdim=True) - 2 * x @ self.centers
+        return torch.exp(-distance.clamp_min(0) * self.log_gamma.exp())
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, h, N, D) each -> features (B, h, N, centers) whose plain product is the score."""
+        q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) for x in (q, k))
+        q = self.features(q) * self.temperature
+        if self.key_mode == "none":
+            return q, k @ self.mix
+        k = self.features(k)
+        return q, k @ self.mix if self.key_mode == "linear" else k.mean(-1, keepdim=True).expand_as(k)
+
+
+class SpatialAttention(nn.Module):
+    """Sparse attention between the tokens of two images: q, k (B, H, W, h * D), v (B, H, W, h * Dv)."""
+
+    def __init__(self, config: SHARPv32Config, heads: int, width: int, mode: str):
+        super().__init__()
+        self.heads = heads
+        self.rbf = RBFProjection(heads, width, config.rbf_centers_per_head, config.key_rbf_mode)
+        self.settings = dict(
+            sparsity_ratio=config.sparse_sparsity_ratio, block_size=config.sparse_block_size, sparse_mode=mode,
+            max_tokens=config.sparse_max_tokens, window_size=config.sparse_window_size, k_cap=config.sparse_k_cap,
+            q_block_size=config.sparse_q_block_size, sparsemax_pad_value=config.sparsemax_pad_value)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = tuple(q.shape[1:3])
+        q, k, v = (x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = self.rbf(q, k)
+        out = sparse_attention_topk_streaming(*(x.flatten(0, 1) for x in (q, k, v)), scale=1.0, spatial_shape=shape,
+                                              **self.settings)
+        return out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2).unflatten(1, shape)
+
+
+class SpectralAttention(nn.Module):
+    """Attention between a head's channels, over all pixels: every pixel sees the frame, in linear time."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))      # B, h, N, D
+        with torch.autocast(q.device.type, enabled=False):      # sums over a whole frame leave the range of float16
+            q, k = q.float(), k.float()
+            length = q.norm(dim=2).clamp_min(1e-6)[..., None] * k.norm(dim=2).clamp_min(1e-6)[:, :, None]
+            weights = (q.mT @ k / length * self.temperature).softmax(-1)
+        return (v @ weights.to(v.dtype).mT).transpose(1, 2).reshape(shape)
+
+
+class MultiScaleAttention(nn.Module):
+    """One projection, two branches: half of the channels attend in space, half are mixed by what the frame holds."""
+
+    def __init__(self, config: SHARPv32Config, dim: int, heads: int, mode: str):
+        super().__init__()
+        self.to_qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.spatial = SpatialAttention(config, heads, dim // 2 // heads, mode)
+        self.spectral = SpectralAttention(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, q2, k, k2, v, v2 = self.to_qkv(x).chunk(6, -1)
+        return self.out(torch.cat([self.spatial(q, k, v), self.spectral(q2, k2, v2)], -1))
+
+
+class Block(nn.Module):
+    """Attention and an MLP with a 3 x 3 depthwise convolution, both pre-norm with a layer scale."""
+
+    def __init__(self, config: SHARPv32Config, dim: int, heads: int, ratio: float, mode: str, drop: float):
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.norm1, self.norm2 = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1)
+        self.attention = MultiScaleAttention(config, dim, heads, mode)
+        self.expand, self.shrink = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.scale1, self.scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.drop_path = DropPath(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x)))
+        hidden = F.gelu(_convolve(self.depthwise, self.expand(self.norm2(x))))
+        return x + self.drop_path(self.scale2 * self.shrink(hidden))
+
+
+class GatedCrossFusion(nn.Module):
+    """A decoder level takes its skip: as it is, and, gated, by attention of each token to the window around it."""
+
+    def __init__(self, config: SHARPv32Config, dim: int, heads: int):
+        super().__init__()
+        self.norm, self.norm_skip = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1)
+        half = dim // 2
+        self.to_q, self.to_kv, self.out = nn.Linear(dim, half), nn.Linear(dim, dim), nn.Linear(half, dim)
+        self.skip, self.gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.attention = SpatialAttention(config, heads, half // heads, "local")
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        query = self.norm(x)
+        found = self.out(self.attention(self.to_q(query), *self.to_kv(self.norm_skip(skip)).chunk(2, -1)))
+        return x + self.skip(skip) + torch.sigmoid(self.gate(query)) * found
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+def smooth_basis(bands: int, rank: int) -> Tensor:
+    """The smoothest orthonormal spectra (bands, rank): the first cosines of the DCT."""
+    angle = math.pi * (torch.arange(bands, dtype=torch.float64)[:, None] + 0.5) * torch.arange(rank) / bands
+    return F.normalize(angle.cos(), dim=0).float()
+
+
+class SHARPv32(nn.Module):
+    """cube = linear(rgb) + intensity * spectra: a U-net at 1/2 to 1/8 of the resolution steers a small network on the
+    full-resolution pixels, which mixes smooth spectra. The residual scales with the pixel, as relative error does."""
+
+    def __init__(self, config: SHARPv32Config):
+        super().__init__()
+        self.config, dims, levels = config, config.dims, len(config.depths)
+        colours = 2 * config.in_channels + 1
+        depths = [*config.depths, *(max(1, d - 1) for d in config.depths[-2::-1])]
+        rates = iter(torch.linspace(0, config.drop_path_rate, sum(depths)).tolist())
+
+        def stage(level: int, depth: int) -> nn.ModuleList:
+            mode = config.sparse_mode if level == levels - 1 else "local"
+            heads, ratio = config.heads[level], config.mlp_ratios[level]
+            return nn.ModuleList(Block(config, dims[level], heads, ratio, mode, next(rates)) for _ in range(depth))
+
+        self.direct = nn.Linear(config.in_channels, config.out_channels)
+        self.stem = nn.Linear(4 * colours, dims[0])
+        self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
+        self.down = nn.ModuleList(nn.Linear(4 * a, b) for a, b in zip(dims, dims[1:]))
+        self.up = nn.ModuleList(nn.Linear(b, 4 * a) for a, b in zip(dims, dims[1:]))
+        self.fuse = nn.ModuleList(GatedCrossFusion(config, dims[i], config.heads[i]) for i in range(levels - 1))
+        self.decoder = nn.ModuleList([stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1)][::-1])
+        self.guide = nn.Sequential(ChannelRMSNorm(dims[0], -1), nn.Linear(dims[0], 4 * PIXEL_DIM))
+        self.pixel_in = nn.Conv2d(colours, PIXEL_DIM, 3, padding=1)
+        self.pixel_mix = nn.Linear(PIXEL_DIM, PIXEL_DIM)
+        self.coefficients = nn.Linear(PIXEL_DIM, min(config.out_channels, BASIS_RANK))
+        nn.init.normal_(self.coefficients.weight, std=2e-3)       # starts near the linear path, yet with gradients
+        nn.init.zeros_(self.coefficients.bias)
+        self.basis = nn.Parameter(smooth_basis(config.out_channels, min(config.out_channels, BASIS_RANK)))
+        self.register_buffer("roughness", self._roughness().detach(), persistent=False)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W) in float32. Raises ValueError when the channels or the size do not fit."""
+        config = self.config
+        if rgb.dim() != 4 or rgb.shape[1] != config.in_channels or min(rgb.shape[2:]) < config.min_input_size:
+            raise ValueError(f"the input must be (B, {config.in_channels}, H, W) with H and W at least "
+                             f"min_input_size = {config.min_input_size}, not {tuple(rgb.shape)}")
+        x = rgb.permute(0, 2, 3, 1).contiguous().float()
+        intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
+        limit = 2.0 * config.in_channels                # chromaticity of light is below in_channels
+        colour = torch.cat([x, (x / intensity).clamp(-limit, limit), 0.3 * intensity.log() + 0.5], -1)
+        pixels = F.gelu(_convolve(self.pixel_in, colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
+        pixels = pixels + F.gelu(self.pixel_mix(pixels))
+        with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
+            head = self.basis @ self.coefficients.weight, self.basis @ self.coefficients.bias
+            cube = self.direct(x) + intensity * F.linear(pixels.float(), *head)
+            if config.non_negative:                     # the gradient passes, or a pixel below 0 would stay there
+                cube = cube + (cube.clamp_min(0) - cube).detach()
+        return cube.permute(0, 3, 1, 2)
+
+    def _unet(self, colour: Tensor) -> Tensor:
+        x, skips = self.stem(_shrink(colour)), []
+        for level, blocks in enumerate(self.encoder):
+            x = self.down[level - 1](_shrink(x)) if level else x
+            x = self._run(blocks, x)
+            skips.append(x)
+        for level in reversed(range(len(self.up))):
+            skip = skips[level]
+            x = self.fuse[level](_grow(self.up[level](x), *skip.shape[1:3]), skip)
+            x = self._run(self.decoder[level], x)
+        return x
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            recompute = self.config.use_checkpoint and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x
+
+    def _roughness(self) -> Tensor:
+        return self.basis.diff(n=min(2, len(self.basis) - 1), dim=0).square().sum()
+
+    def auxiliary_loss(self) -> Tensor:
+        """Keeps the head's spectra orthonormal and no rougher than cosines. It depends on the weights alone."""
+        error = self.basis.mT @ self.basis - torch.eye(self.basis.shape[1], device=self.basis.device)
+        return self.config.basis_weight * (error.square().mean() + F.relu(self._roughness() / self.roughness - 1.0))
+
+    @torch.no_grad()
+    def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:
+        """Set the direct path to the linear map of least relative error from rgb (B, in, h, w) to cube (B, out, h, w)."""
+        weight, bias = fit_linear_spectral_path(rgb, cube)
+        self.direct.weight.copy_(weight)
+        self.direct.bias.copy_(bias)
+
+
+def create_sharp_v32(model_size: str = "base", in_channels: int = 3, out_channels: int = 31, **overrides) -> SHARPv32:
+    """A model in train mode, not compiled. A size fills only the fields that `overrides` leaves out. ValueError for an
+    unknown size or field, or a bad value."""
+    if model_size not in SIZES:
+        raise ValueError(f"unknown model_size {model_size!r}: choose from {', '.join(SIZES)}")
+    names = {field.name for field in dataclasses.fields(SHARPv32Config)}
+    if unknown := set(overrides) - names:
+        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}: SHARPv32Config has {', '.join(sorted(names))}")
+    return SHARPv32(SHARPv32Config(**{**SIZES[model_size], **overrides, "in_channels": in_channels,
+                                      "out_channels": out_channels}))
+
+
+def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
+    """Model and weights from any checkpoint of the trainer; the averaged weights if there are any and `ema` is on."""
+    return build_from_checkpoint(path, "sharp", lambda **config: SHARPv32(SHARPv32Config(**config)), ema)
+
+
+# ---- step engine ---------------------------------------------------------------------------------------------------
+
+class SHARPv32Trainer:
+    """Optimizer steps for a model: mixed precision, clipping, accumulation, averaged weights. A script drives it.
+
+    `model` is a SHARPv32, plain or in DistributedDataParallel; `loss_fn(prediction, target)` gets float32.
+    `optimizer` and `scaler` are open to schedules; `average.module` holds the averaged weights (None without)."""
+
+    def __init__(self, model: nn.Module, loss_fn, *, lr: float = 4e-4, weight_decay: float = 1e-4,
+                 optimizer: str = "adamw", amp_dtype: Optional[torch.dtype] = None, grad_clip: float = 1.0,
+                 ema_decay: float = 0.999, ema_update_every: Optional[int] = None, max_bad_steps: int = 20):
+        self.wrapped, self.loss_fn, self.grad_clip, self.amp_dtype = model, loss_fn, grad_clip, amp_dtype
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.ema_decay, self.max_bad_steps, self.steps, self.bad_steps = ema_decay, max_bad_steps, 0, 0
+        self.ema_update_every = ema_update_every or self.model.config.ema_update_every
+        if optimizer not in ("adamw", "adam"):
+            raise ValueError(f"optimizer must be adamw or adam, not {optimizer!r}")
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
+        self.device = next(model.parameters()).device
+        self.optimizer = kind(self._groups(weight_decay), lr=lr, betas=(0.9, 0.999))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.average = AveragedModel(self.model, avg_fn=self._average) if ema_decay > 0 else None
+        if self.model.config.compile_mode:
+            model.compile(mode=self.model.config.compile_mode)      # in place: names in state_dict stay
+
+    def _groups(self, weight_decay: float) -> list[dict]:
+        """Weights of linear maps and convolutions decay; norms, biases, layer scales, centres, the basis do not."""
+        matrices = {id(m.weight) for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return [{"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
+                {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0}]
+
+    def _average(self, average: Tensor, new: Tensor, n: Tensor) -> Tensor:
+        decay = min(self.ema_decay ** self.ema_update_every, (1 + int(n)) / (10 + int(n)))
+        return average.lerp(new, 1.0 - decay)
+
+    def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """One optimizer step on (rgb, cube) batches, the same as on one big batch. Returns loss, grad_norm and skipped.
+
+        Gradients that are not finite skip the step; RuntimeError after `max_bad_steps` such steps in a row."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count, total = sum(len(rgb) for rgb, _ in batches), 0.0
+        for index, (rgb, target) in enumerate(batches):
+            last = index == len(batches) - 1 or self.wrapped is self.model
+            with nullcontext() if last else self.wrapped.no_sync():
+                with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                    cube = self.wrapped(rgb)
+                loss = (self.loss_fn(cube.float(), target) + self.model.auxiliary_loss()) * (len(rgb) / count)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        finite = bool(norm.isfinite())                  # waits for the device; so does reading the loss
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.steps += 1
+        self.scaler.update()
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if self.bad_steps >= self.max_bad_steps:
+            raise RuntimeError(f"{self.bad_steps} steps in a row had gradients that are not finite: lower the learning "
+                               "rate, raise the loss's floor, or look for NaN in the data")
+        if finite and self.average is not None and self.steps % self.ema_update_every == 0:
+            self.average.update_parameters(self.model)
+        return {"loss": float(total), "grad_norm": float(norm), "skipped": not finite}
+
+    def state_dict(self) -> dict:
+        """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model, or None."""
+        average = self.average
+        return {"state_dict": self.model.state_dict(), "ema": average.module.state_dict() if average else None,
+                "ema_updates": int(average.n_averaged) if average else 0, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "step": self.steps, "bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps, self.bad_steps = state["step"], state["bad_steps"]
+        if self.average is not None and state["ema"]:
+            self.average.module.load_state_dict(state["ema"])
+            self.average.n_averaged.fill_(state["ema_updates"])

@@ -1,0 +1,206 @@
+"""What the scripts share: metrics against plain NumPy (and MST++'s own code where it is at hand), command line, files."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common_utils_v32 as common
+from common_utils_v32 import UserError, opt
+
+SCRIPTS = [path.stem for path in ROOT.glob("*.py")]
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_importing_prints_nothing_and_changes_no_global_state(module):
+    code = ("import os, random, signal, torch, numpy, json\n"
+            "def state(): return [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), "
+            "torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, "
+            "torch.get_float32_matmul_precision(), signal.getsignal(signal.SIGTERM), random.getstate()[1][:3], "
+            "torch.initial_seed(), dict(os.environ)]\n"
+            f"before = state()\nimport {module}\nassert before == state()\nassert not torch.cuda.is_initialized()")
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def scene(seed=0, height=40, width=50, bands=31):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0, 1, (bands, height, width)) ** 2
+    target[:, 3, 4] = 0
+    return np.clip(target + rng.normal(0, 0.05, target.shape), -0.05, 1.2), target
+
+
+def numpy_metrics(pred, target, floor):
+    p, t = pred.astype(np.float64), target.astype(np.float64)
+    lit = t.mean(0) > 0.01
+    cosine = (p * t).sum(0)[lit] / np.maximum(np.linalg.norm(p, axis=0) * np.linalg.norm(t, axis=0), 1e-30)[lit]
+    mse = ((np.clip(p, 0, 1) - np.clip(t, 0, 1)) ** 2).mean()
+    return {
+        "mrae": (np.abs(p - t) / np.maximum(t, floor)).mean(), "rmse": np.sqrt(((p - t) ** 2).mean()),
+        "psnr": 10 * np.log10(1 / mse), "sam": np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean(),
+        "ergas": 100 * np.sqrt((((p - t) ** 2).mean((1, 2)) / t.mean((1, 2)) ** 2).mean())}
+
+
+def layouts(array):
+    """The same values in every memory layout that a metric may meet."""
+    x = torch.from_numpy(array).float()
+    wide = torch.zeros(x.shape[0], x.shape[1], 2 * x.shape[2])
+    wide[:, :, ::2] = x
+    yield from (x, x[None], x[None].to(memory_format=torch.channels_last), wide[:, :, ::2], x.double(),
+                x.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("floor", [1e-6, 0.01])
+def test_metrics_equal_plain_numpy_in_every_memory_layout(floor):
+    pred, target = scene()
+    expected = numpy_metrics(pred.astype(np.float32), target.astype(np.float32), floor)
+    for p, t in zip(layouts(pred), layouts(target), strict=True):
+        found = common.scene_metrics(p, t, floor=floor)
+        for key, value in expected.items():
+            assert found[f"{key}_full"] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_crop_is_the_protocols_and_is_what_the_metrics_score():
+    x = torch.arange(482 * 512.0).view(1, 482, 512)
+    assert common.centre_crop(x).shape == (1, 226, 256) and common.centre_crop(x)[0, 0, 0] == x[0, 128, 128]
+    assert common.crop_border(256, 400) == (64, 128)
+    pred, target = scene(height=40, width=500)
+    found = common.scene_metrics(torch.from_numpy(pred), torch.from_numpy(target))
+    expected = numpy_metrics(pred[:, 10:-10, 128:-128], target[:, 10:-10, 128:-128], 1e-6)
+    assert found["mrae"] == pytest.approx(expected["mrae"]) and found["border"] == [10, 128]
+    assert found["mrae"] != pytest.approx(found["mrae_full"])
+
+
+def test_a_perfect_prediction_and_a_black_scene():
+    target = torch.from_numpy(scene()[1])
+    assert common.mrae(target, target) == common.rmse(target, target) == common.ergas(target, target) == 0
+    assert common.sam(target, target) == 0 and common.psnr(target, target) == math.inf
+    black = torch.zeros(31, 8, 8)
+    assert math.isnan(common.sam(black, black)) and common.mrae(black, black) == 0
+    assert common.mrae(black + 1, black) == pytest.approx(1e6)
+
+
+def test_psnr_clamps_and_has_a_peak_of_one():
+    target = torch.full((31, 8, 8), 1.0)
+    assert common.psnr(target + 0.5, target) == math.inf
+    assert common.psnr(target - 0.1, target) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_spectral_angle_is_exact_near_zero_and_in_degrees():
+    a, b = torch.zeros(31, 1, 1), torch.zeros(31, 1, 1)
+    a[0], b[0], b[1] = 1.0, 1.0, 1.0
+    assert common.sam(a, b) == pytest.approx(45.0)
+    b[1] = 1e-6
+    assert common.sam(b, a) == pytest.approx(np.degrees(1e-6), rel=1e-3)
+
+
+def test_ssim_is_one_for_equal_and_falls_with_noise():
+    pytest.importorskip("torchmetrics")
+    pred, target = (torch.from_numpy(x).clamp(0, 1) for x in scene())
+    assert common.ssim(target, target) == pytest.approx(1.0)
+    assert common.ssim(pred, target) < 0.999
+
+
+def test_per_band_metrics_average_to_the_whole():
+    pred, target = (torch.from_numpy(x) for x in scene())
+    bands = common.per_band_metrics(pred, target)
+    assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(common.mrae(pred, target))
+
+
+def test_bootstrap_interval_covers_the_mean_and_shrinks():
+    values = np.random.default_rng(0).normal(0.2, 0.05, 50).tolist()
+    low, high = common.bootstrap_interval(values)
+    assert low < np.mean(values) < high and 0.02 < high - low < 0.04
+    assert common.bootstrap_interval(values) == (low, high)
+    assert common.bootstrap_interval([0.3]) == (0.3, 0.3)
+
+
+@pytest.mark.skipif("MST_ROOT" not in os.environ, reason="MST_ROOT names no checkout of MST++")
+def test_metrics_equal_mst_plus_plus():
+    sys.path.insert(0, os.path.join(os.environ["MST_ROOT"], "train_code"))
+    import utils
+
+    pred, target = (torch.from_numpy(x)[None] for x in scene())
+    target = target.clamp_min(1e-6)
+    assert common.mrae(pred, target) == pytest.approx(utils.Loss_MRAE()(pred, target).item())
+    assert common.rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())
+
+
+# --- command line and files -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Example:
+    data_root: str = opt("x", "folder")
+    use_amp: bool = opt(True, "mixed precision")
+    compile_model: bool | None = opt(None, "compile")
+    depths: tuple[int, ...] = opt((1, 2), "blocks")
+    mode: str = opt("a", "mode", choices=("a", "b"))
+    rate: float = opt(0.5, "rate, 100 %")
+    rank: int = 0
+
+
+def parse(*argv):
+    return common.parse_dataclass(Example, list(argv))
+
+
+def test_dashes_and_underscores_are_both_accepted():
+    assert parse("--data-root", "y") == parse("--data_root=y") == Example(data_root="y")
+    assert parse("--no-use-amp") == parse("--no-use_amp") == Example(use_amp=False)
+    assert parse("--compile_model").compile_model is True and parse().compile_model is None
+    assert list(parse("--depths", "3", "4", "5").depths) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("argv", [["--mode", "c"], ["--rank", "1"], ["--data", "x"], ["--rate", "fast"]])
+def test_unknown_flags_and_values_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", [{"rank": 1, "no": 2}, {"mode": "c"}, {"rate": "fast"}, {"depths": "no"}, {"use_amp": 1}, []])
+def test_bad_config_files_name_the_file_and_the_key(settings, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="c.json"):
+        parse("--config", str(path))
+
+
+def test_help_shows_percent_signs_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "100 % (default: 0.5)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_json_writes_numbers_of_any_kind_and_no_nan(tmp_path):
+    common.write_json(tmp_path / "x.json", {"a": np.float32(0.5), "b": torch.ones(2), "c": math.nan, 3: [np.int64(4)]})
+    assert common.read_json(tmp_path / "x.json") == {"a": 0.5, "b": [1.0, 1.0], "c": None, "3": [4]}
+
+
+def test_rgb_normalisation():
+    rgb = torch.tensor([[10, 60], [110, 210]], dtype=torch.uint8)
+    assert common.normalise_rgb(rgb, "unit")[1, 1] == pytest.approx(210 / 255)
+    scaled = common.normalise_rgb(rgb, "per_image", 10, 210)
+    assert scaled.min() == 0 and scaled.max() == 1 and scaled[0, 1] == 0.25
+    assert common.normalise_rgb(rgb * 0, "per_image", 0, 0).isfinite().all()
+    with pytest.raises(UserError, match="per_image or unit"):
+        common.normalise_rgb(rgb, "other")
+
+
+def test_unusable_devices_are_named():
+    with pytest.raises(UserError, match="tpu"):
+        common.resolve_device("tpu!")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cpu"):
+            common.resolve_device("cuda")

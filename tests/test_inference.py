@@ -1,0 +1,283 @@
+"""Images to cubes: files that others open, the training normalisation, any size and mode, one line for bad input."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import standin_model
+import torch
+from PIL import Image
+
+import common_utils_v32 as common
+import sharp_inference as inference
+
+
+@pytest.fixture(autouse=True)
+def standin(monkeypatch):
+    monkeypatch.setitem(inference.FACTORIES, "hsifusion", ("standin_model", "create"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "run" / "best.ckpt")
+
+
+def write_checkpoint(path, rgb_norm="per_image", ema_shift=0.0, **overrides):
+    model = standin_model.create("tiny", **overrides)
+    state = {"model": "hsifusion", "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(),
+             "ema": {k: v + ema_shift for k, v in model.state_dict().items()},
+             "data": {"rgb_norm": rgb_norm, "wavelengths": [405.0 + 10 * i for i in range(model.config.out_channels)]}}
+    common.save_checkpoint(path, state)
+    return path
+
+
+def photo(path, size=(72, 90), seed=0):
+    pixels = np.random.default_rng(seed).integers(20, 201, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def run(*argv):
+    return inference.main([str(arg) for arg in argv])
+
+
+def expected(pixels, rgb_norm="per_image"):
+    x = pixels.astype(np.float32)
+    x = (x - x.min()) / (x.max() - x.min()) if rgb_norm == "per_image" else x / 255
+    with torch.no_grad():
+        return standin_model.create("tiny")(torch.from_numpy(x).permute(2, 0, 1)[None])[0].numpy()
+
+
+@pytest.mark.parametrize("rgb_norm", ["per_image", "unit"])
+@pytest.mark.parametrize("tiles", [[], ["--patch-size", 64, "--overlap", 16, "--batch_size", 2]])
+def test_cube_is_the_models_output_for_the_normalised_whole_image(tmp_path, rgb_norm, tiles, capsys):
+    checkpoint = write_checkpoint(tmp_path / "m.ckpt", rgb_norm)
+    pixels = photo(tmp_path / "a.png")
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", *tiles)
+    cube = np.load(tmp_path / "a.npy")
+    assert cube.dtype == np.float32 and cube.flags.c_contiguous
+    np.testing.assert_allclose(cube, expected(pixels, rgb_norm), atol=1e-5)
+    said = capsys.readouterr().out
+    assert rgb_norm in said and ("20..200" in said) == (rgb_norm == "per_image")
+
+
+def test_all_formats_hold_the_same_cube_with_wavelengths_and_the_right_axes(tmp_path, checkpoint):
+    envi = pytest.importorskip("spectral.io.envi")
+    pixels = photo(tmp_path / "a.png")
+    for name in ("a.npy", "a.mat", "a.hdr", "a.npz"):
+        run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "out" / name)
+    cube, wavelengths = expected(pixels), [405.0 + 10 * i for i in range(31)]
+    np.testing.assert_allclose(np.load(tmp_path / "out/a.npy"), cube, atol=1e-6)
+    with np.load(tmp_path / "out/a.npz") as file:
+        np.testing.assert_allclose(file["cube"], cube, atol=1e-6)
+        assert file["wavelengths"].tolist() == wavelengths
+    with h5py.File(tmp_path / "out/a.mat") as file:
+        assert file["cube"].shape == (31, 90, 72) and file["cube"].attrs["MATLAB_class"] == b"single"
+        np.testing.assert_allclose(np.transpose(file["cube"], (0, 2, 1)), cube, atol=1e-6)
+        assert file["bands"][:, 0].tolist() == wavelengths
+    header = (tmp_path / "out/a.mat").read_bytes()[:128]
+    assert header.startswith(b"MATLAB 7.3 MAT-file") and header[124:] == b"\x00\x02IM"
+    image = envi.open(str(tmp_path / "out/a.hdr"))
+    np.testing.assert_allclose(np.asarray(image.load()).transpose(2, 0, 1), cube, atol=1e-6)
+    assert image.bands.centers == wavelengths and image.bands.band_unit == "Nanometers"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.hdr", "a.img", "a.mat", "a.npy", "a.npz"]
+
+
+def test_mat_reads_back_through_the_projects_reader_and_scipy_knows_the_version(tmp_path, checkpoint):
+    import optimized_dataloader as data
+
+    pixels = photo(tmp_path / "a.png")
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.mat")
+    cube = data.read_cube(tmp_path / "a.mat")
+    np.testing.assert_allclose(np.asarray(cube).transpose(2, 0, 1), expected(pixels), atol=1e-6)
+    scipy_io = pytest.importorskip("scipy.io.matlab")
+    with open(tmp_path / "a.mat", "rb") as file:
+        assert scipy_io.matfile_version(file)[0] == 2  # 7.3
+
+
+def test_ensemble_is_the_mean_of_the_eight_views(checkpoint):
+    model = standin_model.loaded()
+    args = inference.Settings(checkpoint=["x"], input=["x"], output="x", ensemble=True)
+    x = torch.rand(1, 3, 70, 90)
+    views = []
+    for turns in range(4):
+        for flip in (False, True):
+            view = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
+            with torch.no_grad():
+                back = torch.rot90(model.module(view.contiguous()), -turns, (2, 3))
+            views.append(back.flip(3) if flip else back)
+    assert len({tuple(v.flatten()[:9].tolist()) for v in views}) == 8
+    torch.testing.assert_close(inference.forward(model, x, args), torch.stack(views).mean(0), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(20, 100), (1, 1), (63, 64), (300, 5)])
+def test_images_smaller_than_the_models_least_input_are_padded_and_cut_back(tmp_path, checkpoint, size):
+    photo(tmp_path / "a.png", size)
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    cube = np.load(tmp_path / "a.npy")
+    assert cube.shape == (31, *size) and np.isfinite(cube).all()
+
+
+@pytest.mark.parametrize("mode, remark", [
+    ("L", "grey"), ("RGBA", "alpha"), ("I;16", "16 bit"), ("P", "RGB"), ("CMYK", "RGB")])
+def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mode, remark):
+    pixels = photo(tmp_path / "rgb.png")
+    if mode == "I;16":
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.tif")
+    else:
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "a.tif")
+    rgb, _ = inference.read_photo(tmp_path / "a.tif", tmp_path)
+    if mode in ("L", "I;16"):
+        assert (rgb == rgb[..., :1]).all()
+    if mode in ("RGBA", "I;16"):
+        assert (rgb[..., 0] == pixels[..., 0]).all()
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.tif", "--output", tmp_path / "a.npy")
+    assert remark in capsys.readouterr().out
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 70)).save(tmp_path / "a.jpg", exif=exif)
+    rgb, remarks = inference.read_photo(tmp_path / "a.jpg", tmp_path)
+    assert rgb.shape == (90, 70, 3) and any("EXIF" in remark for remark in remarks)
+
+
+def test_batch_goes_on_after_bad_inputs_and_lists_them(tmp_path, checkpoint, capsys):
+    (tmp_path / "in").mkdir()
+    photo(tmp_path / "in/a.png")
+    photo(tmp_path / "in/c.png")
+    (tmp_path / "in/b.png").write_bytes(b"not an image")
+    whole = (tmp_path / "in/a.png").read_bytes()
+    (tmp_path / "in/d.png").write_bytes(whole[: len(whole) // 2])
+    np.save(tmp_path / "in/e.rgb.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(common.UserError) as error:
+        run("--checkpoint", checkpoint, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert all(name in str(error.value) for name in ("3 of 5", "b.png", "d.png", "e.rgb.npy"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npy", "c.npy"]
+
+
+def test_existing_cube_is_kept_unless_overwrite(tmp_path, checkpoint):
+    photo(tmp_path / "a.png")
+    (tmp_path / "a.npy").write_bytes(b"mine")
+    with pytest.raises(common.UserError, match="--overwrite"):
+        run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    assert (tmp_path / "a.npy").read_bytes() == b"mine"
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--overwrite")
+    assert np.load(tmp_path / "a.npy").shape == (31, 72, 90)
+
+
+def test_two_images_for_one_output_are_an_error_not_a_loss(tmp_path, checkpoint):
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "a.bmp", (80, 80))
+    with pytest.raises(common.UserError, match="already"):
+        run("--checkpoint", checkpoint, "--input", tmp_path / "a.*", "--output", tmp_path / "out")
+    assert np.load(tmp_path / "out/a.npy").shape == (31, 80, 80)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/inference-was-here",)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"--checkpoint": "none.ckpt"}, "none.ckpt"), ({"--checkpoint": "evil.pth"}, "refused"),
+    ({"--checkpoint": "cut.ckpt"}, "cut.ckpt"), ({"--checkpoint": "other.ckpt"}, "fit"),
+    ({"--checkpoint": "bare.pth"}, "--model"), ({"--input": "none*.png"}, "none"),
+    ({"--output": "file/x"}, "file"), ({"--patch-size": "8"}, "--patch_size"), ({"--overlap": "2000"}, "--overlap"),
+    ({"--device": "tpu"}, "--device"), ({"--format": "mat"}, "--format|folder"), ({"--points": "3;4"}, "--points")])
+def test_bad_input_is_one_line(tmp_path, checkpoint, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    photo("a.png")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:2000])
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state["state_dict"], "bare.pth")
+    torch.save(state | {"model_config": state["model_config"] | {"width": 9}}, "other.ckpt")
+    flags = {"--checkpoint": str(checkpoint), "--input": "a.png", "--output": "out.npy"} | change
+    with pytest.raises((common.UserError, OSError, SystemExit)) as error:
+        run(*(part for flag in flags.items() for part in flag))
+    if error.type is not SystemExit:
+        assert any(word in str(error.value) for word in words.split("|")) and "\n" not in str(error.value)
+    assert not os.path.exists("/tmp/inference-was-here")
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_bare_state_dict_works_with_the_model_named(tmp_path, checkpoint):
+    pixels = photo(tmp_path / "a.png")
+    torch.save({f"module.{k}": v for k, v in standin_model.create(width=5).state_dict().items()}, tmp_path / "bare.pth")
+    run("--checkpoint", tmp_path / "bare.pth", "--model", "hsifusion", "--model_size", "tiny", "--model-options",
+        json.dumps({"width": 5}), "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    assert np.load(tmp_path / "a.npy").shape == (31, *pixels.shape[:2])
+
+
+def test_averaged_weights_are_used_unless_declined(tmp_path):
+    path = write_checkpoint(tmp_path / "m.ckpt", ema_shift=0.5)
+    args = inference.Settings(checkpoint=["x"], export="x")
+    loads = [inference.load_model(str(path), dataclasses.replace(args, ema=ema), torch.device("cpu"))
+             for ema in (True, False)]
+    first, second = (model.module.first.weight for model in loads)
+    torch.testing.assert_close(first, second + 0.5)
+    assert [model.weights for model in loads] == ["ema", "raw"] and loads[0].name == "m"
+
+
+def test_out_of_memory_halves_the_tile_and_goes_on(capsys):
+    model = standin_model.loaded()
+    args = inference.Settings(checkpoint=["x"], input=["x"], output="x")
+    image = torch.rand(3, 200, 260)
+
+    def source(y0, y1, x0, x1):
+        return image[:, y0:y1, x0:x1]
+
+    def allocate(channels):
+        return np.empty((channels, 200, 260), np.float32)
+
+    full, patch = inference.predict(model, source, (200, 260), args, allocate)
+    assert patch == 260
+    model.module.largest = 70 * 70
+    tiles, patch = inference.predict(model, source, (200, 260), args, allocate)
+    assert patch == 64 and "260 px: going on with 128 px" in capsys.readouterr().err
+    np.testing.assert_allclose(tiles, full, atol=1e-5)
+    model.module.largest = 10
+    with pytest.raises(common.UserError, match="out of memory"):
+        inference.predict(model, source, (200, 260), args, allocate)
+
+
+def test_memory_budget_decides_between_whole_frame_and_tiles():
+    model = standin_model.loaded()
+    args = inference.Settings(checkpoint=["x"], input=["x"], output="x", memory_gb=1.0)
+    assert inference.plan_tile(model, (400, 500), args) == 500
+    small = dataclasses.replace(args, memory_gb=0.1)
+    tile = inference.plan_tile(model, (4000, 5000), small)
+    assert 64 <= tile < 500 and tile**2 * (1.3 * model.pixel_bytes + 8 * 31) <= 0.1 * 2**30
+    assert inference.plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4)) <= tile // 2 + 16
+
+
+def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
+    photo(tmp_path / "a.png")
+    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "out", "--preview",
+        "--points", "3,4")
+    assert Image.open(tmp_path / "out/a_preview.png").size == (90, 72)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.npy", "a_preview.png", "a_bands.png", "a_spectra.png"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--patch_size", 64)
+    pixels = photo(tmp_path / "a.png", (64, 64))
+    run("--checkpoint", tmp_path / "art/model.safetensors", "--input", tmp_path / "a.png",
+        "--output", tmp_path / "a.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected(pixels), atol=1e-5)
+    x = ((pixels - np.float32(pixels.min())) / (int(pixels.max()) - int(pixels.min()))).transpose(2, 0, 1)[None]
+    session = onnxruntime.InferenceSession(tmp_path / "art/model.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"rgb": x.astype(np.float32)})[0][0], expected(pixels), atol=1e-4)
+    facts = json.loads((tmp_path / "art/config.json").read_text())
+    assert facts["rgb_norm"] == "per_image" and len(facts["wavelengths"]) == 31 and facts["onnx_difference"] < 1e-4
+    assert "405" in (tmp_path / "art/README.md").read_text()

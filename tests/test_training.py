@@ -1,0 +1,353 @@
+"""The trainers: schedule, EMA, accumulation, skipped steps, resume, signals, ranks, what a run leaves behind."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common_utils_v32 as common
+from common_utils_v32 import Ranks, RunFolder, UserError
+
+SMALL = {"hsifusion_training": ["--base_channels", "16", "--depths", "1", "1", "1", "--num_heads", "2", "2", "2"]}
+TRAINERS = list(SMALL)
+BASE = ["--model_size", "tiny", "--patch_size", "64", "--batch_size", "2", "--iterations_per_epoch", "5", "--epochs", "2",
+        "--warmup_epochs", "0.5", "--num_workers", "0", "--log_interval", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch):
+    """No settings from outside, and pytest keeps its own signal handlers."""
+    for name in ("HSI_LOG_DIR", "HSI_CKPT_DIR", "HSI_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+
+
+def arguments(trainer, data, out, *more):
+    return [*BASE, *SMALL[trainer], "--data_root", str(data), "--output_dir", str(out), "--experiment_name", "run", *map(str, more)]
+
+
+def settings(trainer, data, out, *more):
+    module = importlib.import_module(trainer)
+    return module, common.parse_dataclass(module.Settings, arguments(trainer, data, out, *more))
+
+
+def make_run(trainer, data, out, *more):
+    module, cfg = settings(trainer, data, out, *more)
+    return module.Run(cfg, Ranks(), torch.device("cpu"), RunFolder.of(cfg.output_dir, cfg.experiment_name))
+
+
+def stop_after(run, steps):
+    """Ask the run to stop, as a signal would, when it has done `steps` steps."""
+    original = run.optimizer_step
+
+    def step():
+        original()
+        run.stop.requested |= run.step == steps
+
+    run.optimizer_step = step
+
+
+def checkpoint(out, name="last.ckpt"):
+    return common.read_checkpoint(Path(out) / "run" / name)
+
+
+def assert_same(a, b):
+    """Equal to the last bit, tensors and all else, at any depth."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_leaves_what_the_readme_promises(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path)
+    assert run.train() == 0
+    folder = tmp_path / "run"
+    for name in ("config.json", "last.ckpt", "best.ckpt", "best.safetensors", "metrics.jsonl", "summary.json"):
+        assert (folder / name).stat().st_size > 0
+    assert list(folder.glob("events.out.tfevents.*"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == (["train"] * 5 + ["val"]) * 2
+    assert {"mrae", "rmse", "psnr", "sam", "mrae_full", "metric_floor", "border"} <= lines[-1].keys()
+    assert lines[0]["lr"] > 0
+    summary = common.read_json(folder / "summary.json")
+    assert summary["steps"] == 10 and summary["data"]["rgb_norm"] == "per_image" and summary["environment"]["torch"]
+    state, weights = checkpoint(tmp_path, "best.ckpt"), common.read_checkpoint(folder / "best.safetensors")
+    assert_same(dict(sorted(state["ema"].items())), dict(sorted(weights["state_dict"].items())))
+    assert weights["data"]["wavelengths"] == list(np.linspace(400, 700, 31))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 15, "--lr", 2e-3, "--ema_decay", 0.5)
+    with torch.no_grad():
+        scene = next(iter(run.val_loader))
+        before = common.mrae(run.model.eval()(scene.rgb), scene.cube)
+    run.train()
+    assert run.best < before
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_same_seed_writes_the_same_lines_and_another_seed_others(trainer, raw_arad, tmp_path):
+    lines = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        make_run(trainer, raw_arad, tmp_path / name, "--seed", seed, "--epochs", 1, "--drop_path", 0.2).train()
+        text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        measured = ("patches_per_second", "memory_gb")
+        lines.append([{k: v for k, v in json.loads(line).items() if k not in measured} for line in text])
+    assert lines[0] == lines[1] != lines[2]
+
+
+# --- never lost -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("stopped_at", [2, 3, 5])
+def test_resume_is_exact_also_in_the_middle_of_an_epoch(trainer, stopped_at, raw_arad, tmp_path):
+    """5 batches in groups of 2: 3 steps an epoch, the last of one batch."""
+    more = ("--accumulate_steps", 2, "--drop_path", 0.3, "--ema_update_every", 2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert make_run(trainer, raw_arad, whole, *more).train() == 0
+    first = make_run(trainer, raw_arad, parts, *more)
+    stop_after(first, stopped_at)
+    assert first.train() == common.STOPPED
+    assert checkpoint(parts)["step"] == stopped_at
+    torch.manual_seed(999)
+    assert make_run(trainer, raw_arad, parts, *more, "--resume_from", "auto").train() == 0
+    expected, found = checkpoint(whole), checkpoint(parts)
+    for state in (expected, found):
+        state.pop("settings")
+    assert_same(expected, found)
+    steps = [json.loads(line)["step"] for line in (parts / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_stop_during_validation_saves_and_validates_after_the_resume(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
+    loader = run.val_loader
+
+    def interrupted():
+        for scene in loader:
+            run.stop.requested = True
+            yield scene
+
+    run.val_loader = interrupted()
+    assert run.train() == common.STOPPED and not (tmp_path / "run" / "best.ckpt").exists()
+    assert make_run(trainer, raw_arad, tmp_path, "--epochs", 1, "--resume_from", "auto").train() == 0
+    assert checkpoint(tmp_path, "best.ckpt")["step"] == 5
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_old_run_is_not_overwritten(trainer, raw_arad, tmp_path):
+    make_run(trainer, raw_arad, tmp_path, "--epochs", 1).train()
+    with pytest.raises(UserError, match="--resume_from auto"):
+        make_run(trainer, raw_arad, tmp_path)
+    with pytest.raises(UserError, match="nowhere.ckpt"):
+        make_run(trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "nowhere.ckpt")
+    with pytest.raises(UserError, match="best.safetensors"):
+        make_run(trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "run" / "best.safetensors")
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / "last.ckpt", {"state_dict": {"a": torch.ones(2)}})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        common.save_checkpoint(tmp_path / "last.ckpt", {"state_dict": {"a": torch.zeros(2)}})
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert common.read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"].sum() == 2
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="x.ckpt"):
+        common.read_checkpoint(tmp_path / "x.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_accumulated_batches_equal_one_big_batch(trainer, raw_arad, tmp_path):
+    """Three batches of 2 in groups of 2 and 1, against a batch of 4 and one of 2."""
+    weights = []
+    for name, more in (("a", ("--batch_size", 2, "--accumulate_steps", 2, "--iterations_per_epoch", 3)),
+                       ("b", ("--batch_size", 4, "--iterations_per_epoch", 1))):
+        run = make_run(trainer, raw_arad, tmp_path / name, "--epochs", 1, "--optimizer", "adam", *more)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1e-3
+        run.schedule.step = lambda: None
+        stop_after(run, 1)
+        run.train_epoch()
+        weights.append(run.model.state_dict())
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=2e-4)
+        assert torch.equal(weights[0][key], weights[1][key]) or weights[0][key].is_floating_point()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_with_bad_gradients_is_skipped_and_a_run_of_them_stops(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 30, "--epochs", 1)
+    backward, bad = run.backward, {2}
+
+    def poisoned(rgb, cube, group):
+        backward(rgb, cube * (math.nan if run.step in bad or run.step >= 8 else 1.0), group)
+
+    run.backward, seen = poisoned, []
+    step = run.optimizer_step
+
+    def watch():
+        before = [p.detach().clone() for p in run.model.parameters()]
+        step()
+        seen.append(all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True)))
+
+    run.optimizer_step = watch
+    with pytest.raises(UserError, match="not finite"):
+        run.train_epoch()
+    assert seen[:8] == [False, False, True] + [False] * 5
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_learning_rate_of_zero_leaves_weights_and_average_bit_identical(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
+    run.schedule.lr_lambdas = [lambda step: 0.0] * 2
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.train_epoch()
+    assert_same(before, dict(run.model.state_dict()))
+    assert_same(before, dict(run.average.module.state_dict()))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, tmp_path):
+    module, cfg = settings(trainer, raw_arad, tmp_path, "--ema_decay", 0.9, "--ema_update_every", 2)
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = module.make_average(model, cfg)
+    expected = model.weight.item()
+    for n in range(30):
+        value = float(n % 7)
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        decay = min(0.9**2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-5)
+    assert average.module.weight.data_ptr() != model.weight.data_ptr()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw_arad, tmp_path):
+    module, cfg = settings(trainer, raw_arad, tmp_path, "--epochs", 10, "--warmup_epochs", 2, "--lr", 1e-3, "--eta_min", 1e-5)
+    rates = [module.learning_rate(step, cfg, 100) for step in range(1500)]
+    assert 0 < rates[0] < 1e-4 and max(rates) == pytest.approx(1e-3, rel=1e-2) and rates.index(max(rates)) == 200
+    assert np.all(np.diff(rates[:200]) > 0) and np.all(np.diff(rates[200:]) <= 0)
+    assert rates[1000:] == [pytest.approx(1e-5)] * 500
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
+    module, cfg = settings(trainer, raw_arad, tmp_path, "--weight_decay", 0.1)
+    model = make_run(trainer, raw_arad, tmp_path).model
+    decayed, free = module.make_optimizer(model, cfg).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert not [names[id(p)] for p in decayed["params"] if "norm" in names[id(p)] or names[id(p)].endswith("bias")]
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def command(trainer, *args, **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / f"{trainer}.py", *map(str, args)], capture_output=True, text=True, env=env,
+                          timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bad_input_is_one_line_and_exit_code_2(trainer, tmp_path):
+    (tmp_path / "c.json").write_text('{"epochs": 3, "no_such": 1}')
+    cases = {"--data_root": ["--data_root", tmp_path / "missing"], "no_such": ["--config", tmp_path / "c.json"],
+             "tiny, small, base, large": ["--model_size", "huge"], "--epochs": ["--epochs", "0"],
+             "--no_flag": ["--no_flag", "1"]}
+    for named, args in cases.items():
+        done = command(trainer, *args, "--output_dir", tmp_path / "runs")
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        message = done.stderr.strip().splitlines()[-1].replace("'", "")
+        assert message.startswith("error: ") and named in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_config_file_gives_defaults_and_the_command_line_wins(trainer, tmp_path, monkeypatch):
+    module = importlib.import_module(trainer)
+    (tmp_path / "c.json").write_text('{"epochs": 7, "lr": 0.001, "depths": [1, 2, 1], "use_amp": false}')
+    cfg = common.parse_dataclass(module.Settings, ["--config", str(tmp_path / "c.json"), "--epochs", "9", "--ema-decay", "0.5"])
+    assert (cfg.epochs, cfg.lr, cfg.ema_decay, cfg.use_amp, list(cfg.depths)) == (9, 0.001, 0.5, False, [1, 2, 1])
+    assert cfg.data_root == "./data/ARAD_1K" and cfg.base_channels is None
+    monkeypatch.setenv("HSI_DATA_DIR", "/elsewhere")
+    assert common.parse_dataclass(module.Settings, []).data_root == "/elsewhere"
+    assert common.parse_dataclass(module.Settings, ["--no-use-amp"]).use_amp is False
+
+
+def test_folders_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("HSI_LOG_DIR", "l")
+    monkeypatch.setenv("HSI_CKPT_DIR", "c")
+    folder = RunFolder.of("o", "run")
+    assert (folder.logs, folder.checkpoints) == (Path("l/run"), Path("c/run"))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, raw_arad, tmp_path):
+    def launch(out, *more, ranks=2):
+        args = arguments(trainer, raw_arad, out, "--save_minutes", 99, *more)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
+                               ROOT / f"{trainer}.py", *args], capture_output=True, text=True, env=env, timeout=200)
+        return done
+
+    done = launch(tmp_path / "two", "--batch_size", 1)
+    assert done.returncode == 0, done.stderr
+    assert make_run(trainer, raw_arad, tmp_path / "one").train() == 0
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-5)
+    assert one["metrics"]["mrae"] == pytest.approx(two["metrics"]["mrae"], abs=1e-5)
+    done = launch(tmp_path / "bad", "--data_root", tmp_path / "missing")
+    assert done.returncode != 0 and "missing" in done.stderr
