@@ -54,11 +54,15 @@ def opt(default: Any, help: str, *, group: str = "settings", choices: tuple | No
     return dataclasses.field(default=default, metadata=meta)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and a script's description keeps its lines."""
+
+
 class CliParser(argparse.ArgumentParser):
     """argparse with dashes and underscores both accepted in flags, defaults in --help and one-line errors."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def _get_option_tuples(self, option_string: str) -> list:
@@ -113,14 +117,13 @@ def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, skip: tuple[
 
 def parse_dataclass(cls: type, argv: list[str] | None = None, description: str = "") -> Any:
     """Command line -> a dataclass instance. `--config FILE.json` gives defaults, the command line wins; a key that is no
-    field is an error. ValueErrors of __post_init__ become UserErrors."""
+    flag is an error. ValueErrors of __post_init__ become UserErrors."""
     parser = CliParser(description=description)
     parser.add_argument("--config", metavar="FILE.json", help="settings to start from; the command line wins")
     add_dataclass_flags(parser, cls)
+    argv = sys.argv[1:] if argv is None else argv
     path = parser.parse_known_args(argv)[0].config
-    if path:
-        parser.set_defaults(**_read_settings(cls, Path(path), parser))
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_args([*(_config_flags(cls, path) if path else []), *argv]))
     values.pop("config")
     try:
         return cls(**values)
@@ -128,32 +131,26 @@ def parse_dataclass(cls: type, argv: list[str] | None = None, description: str =
         raise UserError(str(error)) from None
 
 
+def _config_flags(cls: type, path: str) -> list[str]:
+    """The settings of a JSON file as flags, so that one parser checks both. A null leaves the default."""
+    settings, flags = read_json(path), []
+    known = {f.name for f in dataclasses.fields(cls) if "help" in f.metadata}
+    if not isinstance(settings, dict) or set(settings) - known:
+        unknown = ", ".join(sorted(set(settings) - known)) if isinstance(settings, dict) else "a list"
+        raise UserError(f"--config {path}: unknown settings: {unknown}; --help lists the known ones")
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
+
+
 def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
     """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset decides"."""
     hints = typing.get_type_hints(cls)
     return [(f.name, hints[f.name] | None, dataclasses.field(default=None, metadata=f.metadata))
             for f in dataclasses.fields(cls) if f.name not in skip]
-
-
-def _read_settings(cls: type, path: Path, parser: CliParser) -> dict:
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: must hold one JSON object of settings")
-    hints, actions = typing.get_type_hints(cls), {a.dest: a for a in parser._actions}
-    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(cls)})
-    if unknown:
-        raise UserError(f"--config {path}: unknown settings {', '.join(unknown)}; --help lists the known ones")
-    for name, value in settings.items():
-        kind, many, optional = _flag_type(hints[name])
-        items = value if many and isinstance(value, list) else [value]
-        kinds = (int, float) if kind is float else kind
-        if value is None and optional:
-            continue
-        if any(not isinstance(v, kinds) or (isinstance(v, bool) and kind is not bool) for v in items):
-            raise UserError(f"--config {path}: {name} = {value!r} is not of type {kind.__name__}")
-        if actions[name].choices and any(v not in actions[name].choices for v in items):
-            raise UserError(f"--config {path}: {name} = {value!r}, choose from {', '.join(actions[name].choices)}")
-    return settings
 
 
 # --- process group and seeds ----------------------------------------------------------------------------------------
@@ -487,9 +484,6 @@ def memory_gb(device: torch.device) -> float:
 # All take (C, H, W) or (1, C, H, W) tensors in any memory layout and compute in float64. Definitions: the NTIRE 2022
 # spectral reconstruction challenge as the MST++ toolbox runs it, with a floor on MRAE's denominator.
 
-METRICS = ("mrae", "rmse", "psnr", "sam", "ergas", "ssim")
-
-
 def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     pred, target = pred.detach().double(), target.detach().double()
     if pred.shape != target.shape:
@@ -642,13 +636,6 @@ def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> 
     gram = gram + ridge[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
     beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
     return beta[:, :-1].float(), beta[:, -1].float()
-
-
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad the right and bottom of (B, C, H, W) by repeating the edge so that both sides divide by `multiple`."""
-    height, width = x.shape[-2:]
-    pad = (-width % multiple, -height % multiple)
-    return F.pad(x, (0, pad[0], 0, pad[1]), mode="replicate") if any(pad) else x
 
 
 # --- colour and camera ---

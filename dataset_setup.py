@@ -6,9 +6,9 @@
     python dataset_setup.py --arad-root RAW --verify-only                      # a table; exit code 1 with any problem
     python dataset_setup.py --synthetic 20 --output-root RAW --size 256x256    # raw scenes in the ARAD-1K layout
 
-A staged folder has train/, val/ and test/ with `<scene>.cube.npy` (H, W, bands) and `<scene>.rgb.npy` (H, W, 3), an
-index.json (shapes, wavelengths, statistics, checksums, patch grids) and contact_sheet.png to see a wrong transpose at
-once. Each scene is written whole or not at all; the same command again carries on where the last one stopped.
+A staged folder has train/, val/ and test/ with `<scene>.cube.npy` (H, W, bands) and `<scene>.rgb.npy` (H, W, 3),
+index.json (shapes, wavelengths, statistics, checksums, patch grids) and contact_sheet.png, where a wrong transpose
+shows. A scene is written whole or not at all; the same command again carries on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -30,28 +30,23 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 import common_utils_v32 as common
 import optimized_dataloader as data
 from common_utils_v32 import UserError, atomic_write, write_json
-from optimized_dataloader import Scene
 
 # --- synthetic scenes -----------------------------------------------------------------------------------------------
-# Dead leaves (Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001): opaque objects, radii by r^-3,
-# so edges come at all scales as in photos. Reflectances follow Kubelka and Munk (1931): K/S is a sum of pigment
-# absorptions, which gives smooth spectra in (0, 1) on a curved manifold. Each family of materials has its own texture,
-# so a leaf and a green plastic of the same RGB are told apart by what is around them. Shadows keep an ambient light of
-# another colour. The cube is radiance relative to a white in the brightest light, the same for all scenes, and so is the
-# camera's exposure: brightness means something, and `unit` normalisation keeps it.
-
+# Dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so edges come at all scales. Their
+# reflectances follow Kubelka and Munk (1931): K/S is a sum of pigment absorptions, which gives smooth spectra in (0, 1)
+# on a curved manifold. Each family of materials has its own texture, so a leaf and a green plastic of the same RGB are
+# told apart by their surroundings. The cube is radiance relative to a white in the brightest light, the same for all
+# scenes, and so is the camera's exposure (mean about 0.18): brightness means something, and `unit` RGB keeps it.
 WAVELENGTHS = np.arange(400.0, 701.0, 10.0)
 PIGMENTS = {  # absorption as lobes (height, peak nm, width below, width above) near the bands known for each pigment
     "chlorophyll": [(1, 435, 40, 18), (0.75, 470, 20, 16), (0.3, 600, 50, 25), (0.45, 648, 16, 14), (1, 677, 13, 11)],
     "carotenoid": [(0.7, 425, 40, 15), (1, 450, 16, 15), (0.85, 480, 15, 14)],
     "anthocyanin": [(1, 535, 40, 30), (0.35, 420, 40, 40)], "delphinidin": [(1, 590, 45, 32), (0.25, 410, 30, 30)],
-    "haemoglobin": [(3, 415, 20, 18), (1, 542, 16, 13), (1, 577, 9, 10), (0.15, 500, 60, 60)],
     "melanin": [(1, 350, 60, 130)], "tannin": [(1, 360, 60, 90)],
     "haematite": [(1, 480, 120, 50), (0.25, 640, 40, 60)], "goethite": [(1, 430, 60, 45), (0.15, 650, 40, 60)],
     "azo": [(1, 430, 50, 32)], "cadmium orange": [(1, 470, 120, 45)], "cadmium red": [(1, 510, 140, 40)],
@@ -61,18 +56,17 @@ PIGMENTS = {  # absorption as lobes (height, peak nm, width below, width above) 
 # family: main pigments, second pigments, texture, its strength in log K/S, gloss, range of grey K/S and of pigment K/S
 FAMILIES = {
     "foliage": (["chlorophyll"], ["carotenoid"], "mottle", 0.25, 0.03, (0.05, 1), (2, 25)),
-    "blossom": (["carotenoid", "anthocyanin", "delphinidin"], ["anthocyanin"], "veins", 0.2, 0.02, (0.005, 0.15), (1, 25)),
+    "blossom": (["carotenoid", "anthocyanin", "delphinidin"], ["anthocyanin"], "veins", 0.2, 0.02, (0.01, 0.2), (1, 25)),
     "wood": (["tannin", "melanin"], ["goethite"], "grain", 0.35, 0.02, (0.02, 2), (1, 16)),
-    "earth": (["haematite", "goethite"], ["melanin"], "speckle", 0.3, 0.0, (0.05, 2), (1, 16)),
-    "skin": (["haemoglobin"], ["melanin"], "mottle", 0.12, 0.04, (0.02, 0.08), (0.1, 0.5)),
+    "earth": (["haematite", "goethite"], ["melanin"], "mottle", 0.3, 0.0, (0.05, 2), (1, 16)),
     "plastic": (["cadmium orange", "cadmium red", "phthalo blue", "phthalo green", "quinacridone", "azo"],
                 ["azo", "phthalo green", "smalt"], "smooth", 0.0, 0.25, (0.005, 2), (0.6, 40)),
-    "textile": (["indigo", "smalt", "quinacridone", "azo", "anthocyanin", "tannin"], ["azo", "indigo", "quinacridone"], "weave",
-                0.35, 0.0, (0.01, 3), (0.6, 30)),
-    "neutral": ([], ["melanin", "haematite"], "speckle", 0.15, 0.05, (0.004, 14), (0.02, 0.5)),
+    "textile": (["indigo", "smalt", "quinacridone", "azo", "anthocyanin", "tannin"], ["azo", "indigo", "quinacridone"],
+                "weave", 0.35, 0.0, (0.01, 3), (0.6, 30)),
+    "neutral": ([], ["melanin", "haematite"], "mottle", 0.15, 0.05, (0.004, 14), (0.02, 0.5)),
 }
-# the share of each family among the materials of a scene, in the order above
-OUTDOOR, INDOOR = (0.28, 0.12, 0.12, 0.18, 0.03, 0.09, 0.08, 0.10), (0.06, 0.06, 0.12, 0.06, 0.05, 0.27, 0.25, 0.13)
+# the share of each family among a scene's materials
+OUTDOOR, INDOOR = (0.28, 0.12, 0.13, 0.20, 0.09, 0.08, 0.10), (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
 MATERIALS, FRESNEL = 24, 0.012  # materials in a scene; reflection at the surface, so that nothing is quite black
 
 
@@ -82,8 +76,8 @@ def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
     ks = np.exp(rng.uniform(*np.log(grey))) * (WAVELENGTHS / 550) ** rng.uniform(-0.6, 0.2)
     for pigments, share, chance in ((main, 1.0, 1.0), (second, 0.6, 0.7)):
         if pigments and rng.random() < chance:
-            lobes = [(a, peak + rng.normal(0, 5), low * rng.uniform(0.85, 1.2), high * rng.uniform(0.85, 1.2))
-                     for a, peak, low, high in PIGMENTS[pigments[rng.integers(len(pigments))]]]
+            lobes = [(a, peak + rng.normal(0, 2), *(rng.uniform(0.92, 1.08, 2) * widths))
+                     for a, peak, *widths in PIGMENTS[pigments[rng.integers(len(pigments))]]]
             ks = ks + share * np.exp(rng.uniform(*np.log(amount))) * common.sum_of_lobes(WAVELENGTHS, lobes)
     return ks
 
@@ -101,13 +95,12 @@ def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarra
         return power / power.max()
 
     if outdoor:
-        direct, tint = planck(4800, 6500), -rng.uniform(0.8, 2.5)
+        direct, tint = planck(5000, 6000), -rng.uniform(0.8, 2)
     else:
         lamp, tint, daylight = rng.choice(3, p=[0.3, 0.25, 0.45]), rng.uniform(0.1, 0.8), rng.uniform(0.08, 0.35)
-        diode = [(rng.uniform(0.35, 1.1), rng.uniform(446, 458), 9, 12),  # blue diode and yellow phosphor
-                 (1.0, rng.uniform(565, 600), rng.uniform(42, 55), rng.uniform(52, 66))]
-        direct = (planck(2700, 3400), common.sum_of_lobes(WAVELENGTHS, diode), planck(5000, 7500))[lamp]
-        direct = (1 - daylight) * direct / direct.max() + daylight * planck(5500, 8000)
+        diode = [(rng.uniform(0.5, 0.9), 452, 9, 12), (1.0, rng.uniform(575, 590), 48, 60)]  # blue, and yellow phosphor
+        direct = (planck(2750, 3050), common.sum_of_lobes(WAVELENGTHS, diode), planck(5800, 6800))[lamp]
+        direct = (1 - daylight) * direct / direct.max() + daylight * planck(6000, 7000)
     ambient = direct * (WAVELENGTHS / 550) ** tint
     return (direct / direct.max()).astype(np.float32), (ambient / ambient.max()).astype(np.float32)
 
@@ -120,26 +113,23 @@ def fractal(rng: np.random.Generator, h: int, w: int, power: float) -> np.ndarra
     return ((field - field.mean()) / field.std()).astype(np.float32)
 
 
-def _texture(kind: str, u: np.ndarray, v: np.ndarray, coarse: np.ndarray, fine: np.ndarray, period: float) -> np.ndarray:
-    """What a family looks like from near, about deviation 1; u and v are the object's own axes in pixels."""
-    if kind == "veins":
-        return 0.8 * np.cos(6 * np.arctan2(v, u) + 2 * coarse) + 0.5 * coarse
-    if kind == "grain":
-        return np.sin(2 * np.pi * u / period + 2.5 * coarse)
-    if kind == "weave":
-        return 1.4 * np.sin(2 * np.pi * u / (0.6 * period)) * np.sin(2 * np.pi * v / (0.6 * period))
-    return np.zeros_like(coarse) if kind == "smooth" else fine
+TEXTURES = {  # what a family looks like from near, about deviation 1; u, v: the object's own axes, in periods
+    "veins": lambda u, v, coarse, mottle: 0.8 * np.cos(6 * np.arctan2(v, u) + 2 * coarse) + 0.5 * coarse,
+    "grain": lambda u, v, coarse, mottle: np.sin(2 * np.pi * u + 2.5 * coarse),
+    "weave": lambda u, v, coarse, mottle: 1.4 * np.sin(3.3 * np.pi * u) * np.sin(3.3 * np.pi * v),
+    "mottle": lambda u, v, coarse, mottle: mottle,
+    "smooth": lambda u, v, coarse, mottle: np.zeros_like(coarse),
+}
 
 
-def _superellipse(shape: tuple[int, int], y: float, x: float, radius: float, form: tuple) -> tuple | None:
+def _superellipse(shape: tuple[int, int], y: float, x: float, radius: float, form: tuple) -> tuple:
     """The part of the frame an object may cover: slices, image axes x and y, own axes u and v, distance (edge at 1)."""
     aspect, angle, power = form
     reach = radius * max(aspect, 1 / aspect) * 1.42 + 1
-    rows, cols = (slice(max(int(c - reach), 0), min(int(c + reach) + 2, side)) for c, side in zip((y, x), shape, strict=True))
-    if rows.start >= rows.stop or cols.start >= cols.stop:
-        return None
-    dy, dx = (axis.astype(np.float32) - np.float32(c) for axis, c in zip(np.ogrid[rows, cols], (y, x), strict=True))
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    rows, cols = (slice(max(int(c - reach), 0), max(min(int(c + reach) + 2, side), 0))
+                  for c, side in zip((y, x), shape, strict=True))
+    dy, dx = (axis.astype(np.float32) - c for axis, c in zip(np.ogrid[rows, cols], (y, x), strict=True))
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     return (rows, cols), dx, dy, u, v, np.abs(u / (radius * aspect)) ** power + np.abs(v * aspect / radius) ** power
 
@@ -147,35 +137,30 @@ def _superellipse(shape: tuple[int, int], y: float, x: float, radius: float, for
 def _paint(rng: np.random.Generator, h: int, w: int, families: np.ndarray) -> dict[str, np.ndarray]:
     """Back to front: which material each pixel shows, its texture, and how much direct, ambient and mirrored light."""
     maps = {name: np.zeros((h, w), np.float32) for name in ("material", "texture", "direct", "ambient", "mirror")}
-    coarse, mottle, grains = fractal(rng, h, w, 1.8), fractal(rng, h, w, 0.9), fractal(rng, h, w, 0.3)
+    coarse, mottle = fractal(rng, h, w, 1.8), fractal(rng, h, w, 0.8)
     light = np.array([*rng.normal(0, 0.35, 2), 1.0])
     lx, ly, lz = (light / np.linalg.norm(light)).tolist()  # right, down, towards the camera
     local = rng.integers(0, MATERIALS, (3, 3, 5))  # like lies near like: each part of the frame has its own materials
-    side, ground = min(h, w), 1.5 * max(h, w)
-    radii = 1 / np.sqrt(rng.uniform((0.45 * side) ** -2, 4.0**-2, int(350 * h * w / 256**2)))  # density r^-3
+    side, ground, forms = min(h, w), 1.5 * max(h, w), np.float32([1.3, 2, 2, 2.6, 6])  # powers: leaf, round .. box
+    radii = 1 / np.sqrt(rng.uniform((0.45 * side) ** -2, 5.0**-2, int(220 * h * w / 256**2)))  # density r^-3
     for radius in (ground, *rng.uniform(0.15 * side, 0.5 * side, 5).tolist(), *radii.tolist()):
-        y, x = (h / 2, w / 2) if radius == ground else rng.uniform(-0.05, 1.05, 2) * (h, w)
-        form = float(np.exp(rng.normal(0, 0.35))), rng.uniform(0, np.pi), float(rng.choice([1.3, 2, 2, 2.6, 6]))  # leaf .. box
-        relief = 0.0 if radius == ground else float(rng.choice([0, 0.35, 0.8], p=[0.45, 0.3, 0.25]))  # flat .. ball
+        y, x = (h / 2, w / 2) if radius == ground else (rng.uniform(-0.05, 1.05, 2) * (h, w)).tolist()
+        form = float(np.exp(rng.normal(0, 0.35))), rng.uniform(0, np.pi), rng.choice(forms)
+        relief = float(rng.choice([0, 0.35, 0.8], p=[0.45, 0.3, 0.25]))  # flat .. ball
         nearby = local[min(max(int(3 * y / h), 0), 2), min(max(int(3 * x / w), 0), 2)]
         chosen = int(rng.choice(nearby) if rng.random() < 0.75 else rng.integers(MATERIALS))
         _, _, kind, strength, gloss, _, _ = FAMILIES[families[chosen]]
-        height = 0.0 if radius == ground else min(0.75 * radius, 18)
-        shadow = _superellipse((h, w), y - height * ly, x - height * lx, radius, form)
-        if shadow:
-            soft = np.clip((1 - shadow[-1]) * 3, 0, 1)
-            maps["direct"][shadow[0]] *= 1 - 0.8 * soft
-            maps["ambient"][shadow[0]] *= 1 - 0.3 * soft
-        area = _superellipse((h, w), y, x, radius, form)
-        if not area:
-            continue
-        box, dx, dy, u, v, distance = area
+        relief, height = (0.0, 0.0) if radius == ground else (relief, min(0.75 * radius, 18))
+        box, *_, distance = _superellipse((h, w), y - height * ly, x - height * lx, radius, form)
+        for name, darkness in (("direct", 0.8), ("ambient", 0.3)):  # its shadow on what is there
+            maps[name][box] *= 1 - darkness * np.clip((1 - distance) * 3, 0, 1)
+        box, dx, dy, u, v, distance = _superellipse((h, w), y, x, radius, form)
         nx, ny = relief * dx / (1.05 * radius), relief * dy / (1.05 * radius)
         nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0.05))
         lambert = nx * lx + ny * ly + nz * lz
         glint = gloss * (relief > 0) * np.maximum((lambert + nz) / float(np.sqrt(2 + 2 * lz)), 0) ** 60  # Blinn
-        fine = grains[box] if kind == "speckle" else mottle[box]
-        texture = strength * _texture(kind, u, v, coarse[box], fine, rng.uniform(6, 16)) + rng.normal(0, 0.12)
+        period = rng.uniform(6, 16)
+        texture = strength * TEXTURES[kind](u / period, v / period, coarse[box], mottle[box]) + rng.normal(0, 0.12)
         for name, value in zip(maps, (chosen, texture, np.maximum(lambert, 0), 0.5 + 0.5 * nz, glint), strict=True):
             np.copyto(maps[name][box], value, where=distance < 1)
     falloff = np.exp(0.3 * fractal(rng, h, w, 1.3) + 0.35 * coarse)
@@ -192,7 +177,7 @@ def synthetic_cube(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
     families = rng.choice(list(FAMILIES), MATERIALS, p=OUTDOOR if outdoor else INDOOR)
     ks = np.stack([draw_material(family, rng) for family in families]).astype(np.float32)
     direct, ambient = draw_illuminants(outdoor, rng)
-    level, sky = float(np.exp(rng.uniform(np.log(0.55), 0))), rng.uniform(0.08, 0.25)
+    level, sky = float(np.exp(rng.uniform(np.log(0.55), 0))), rng.uniform(0.1, 0.3)
     maps = _paint(rng, h + 2, w + 2, families)
     cube = reflectance(ks[maps.pop("material").astype(int)] * np.exp(maps.pop("texture"))[..., None])
     on, off, mirror = (maps[name][..., None] for name in ("direct", "ambient", "mirror"))
@@ -212,10 +197,9 @@ def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> 
     response = common.camera_response(settings["camera"], WAVELENGTHS)
     jpeg = common.render_rgb(cube, response, rng=rng, exposure=settings["exposure"])[1]
     if not test:
-        memory = io.BytesIO()
-        with h5py.File(memory, "w") as file:  # MATLAB is column-major: h5py sees bands, W, H
-            file.create_dataset("cube", data=cube.transpose(2, 1, 0), chunks=(31, 64, 64), compression="gzip",
-                                compression_opts=1)
+        memory, stored = io.BytesIO(), cube.transpose(2, 1, 0)  # MATLAB is column-major: h5py sees bands, W, H
+        with h5py.File(memory, "w") as file:
+            file.create_dataset("cube", data=stored, chunks=(31, 64, 64), compression="gzip", compression_opts=1)
             file["bands"], file["norm_factor"] = WAVELENGTHS[:, None], np.ones((1, 1))
         atomic_write(spec, lambda file: file.write(memory.getbuffer()))
     atomic_write(photo, lambda file: file.write(jpeg))
@@ -225,28 +209,25 @@ def make_synthetic(args: argparse.Namespace) -> None:
     """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two test images."""
     root, n, (h, w) = Path(args.output_root), args.synthetic, args.size
     settings = {"format": "hsi-synthetic", "scenes": n, "size": [h, w], "seed": args.seed, "camera": args.camera,
-                "exposure": None if args.exposure == "auto" else args.exposure or 1.0}
-    if n < 2 or min(h, w) < max(64, args.patch_size):
-        raise UserError(f"--synthetic {n} --size {h}x{w}: needs 2 scenes or more, of at least 64 pixels and --patch-size "
-                        f"({args.patch_size}) a side")
+                "exposure": None if args.exposure == "auto" else args.exposure or 1.4}
+    if n < 2 or min(h, w) < (least := max(64, args.patch_size)):
+        raise UserError(f"--synthetic {n} --size {h}x{w}: give 2 or more scenes, of {least} (--patch-size) or more pixels")
     common.camera_response(args.camera, WAVELENGTHS)  # complain about the camera before anything is written
-    check_same_settings(root, root / "synthetic.json", settings)
-    check_disk(root, n * h * w * 31 * 4)
-    write_json(root / "synthetic.json", settings)
-    names, held_out = [f"synthetic_{i + 1:04d}" for i in range(n + 2)], max(1, round(n / 5))
-    for file_name, part in (("train_list.txt", names[: n - held_out]), ("valid_list.txt", names[n - held_out : n])):
-        atomic_write(root / "split_txt" / file_name, lambda file, part=part: file.write("\n".join([*part, ""]).encode()))
+    claim(root, root / "synthetic.json", settings, n * h * w * 31 * 4)
+    names, train = [f"synthetic_{i + 1:04d}" for i in range(n + 2)], n - max(1, round(n / 5))
+    for file_name, part in (("train_list.txt", names[:train]), ("valid_list.txt", names[train:n])):
+        text = "\n".join([*part, ""]).encode()
+        atomic_write(root / "split_txt" / file_name, lambda file, text=text: file.write(text))
     jobs = [(root, name, i, i >= n) for i, name in enumerate(names)]
-    for _ in run_jobs(partial(_write_synthetic_scene, settings=settings), jobs, args.workers, "synthetic scenes"):
-        pass
-    print(f"{root}: {n - held_out} training and {held_out} validation scenes of {h} x {w} x 31 and 2 test images, raw "
-          f"ARAD-1K layout; stage with --arad-root {root}")
+    list(run_jobs(partial(_write_synthetic_scene, settings=settings), jobs, args.workers, "synthetic scenes"))
+    print(f"{root}: {train} training and {n - train} validation scenes of {h} x {w} x 31 and 2 test images, raw ARAD-1K "
+          f"layout; stage with --arad-root {root}")
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
-def collect_scenes(args: argparse.Namespace) -> list[tuple[str, Scene]]:
+def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
     """(split, scene) of the source, by its list files where it has them, else --val-fraction drawn with --split-seed."""
     root, listed = Path(args.arad_root or args.cave_root or args.cubes), False
     if not root.is_dir():
@@ -255,14 +236,14 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, Scene]]:
         splits = data.find_scenes(root)
         listed = (root / "split_txt" / "valid_list.txt").exists()
     else:
-        if args.cave_root:  # <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and a .bmp beside them
+        if args.cave_root:  # <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and a .bmp beside
             cubes = {p.name.removesuffix("_ms"): p for p in root.iterdir() if p.is_dir() and any(p.rglob("*_01.png"))}
             images = [*root.rglob("*.bmp"), *root.glob("*.jpg")]
         else:
             cubes = {p.stem: p for p in root.iterdir() if p.suffix.lower() in data.CUBE_SUFFIXES}
             images = [p for p in root.iterdir() if p.suffix.lower() in data.RGB_SUFFIXES]
         by_stem = {p.stem.lower().removesuffix("_rgb"): p for p in images}
-        splits = {"train": [Scene(name, cubes[name], by_stem.get(name.lower())) for name in sorted(cubes)]}
+        splits = {"train": [data.Scene(name, cubes[name], by_stem.get(name.lower())) for name in sorted(cubes)]}
     if listed and args.val_fraction is not None:
         raise UserError(f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; leave it out")
     if not listed:
@@ -277,38 +258,51 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, Scene]]:
     return jobs
 
 
-def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, Scene]]) -> dict:
+def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, data.Scene]]) -> dict:
     """All that the staged files depend on, with bands and wavelengths as the first readable scene has them."""
     names = ("patch_size", "stride", "patch_grid", "dtype", "scale", "cube_key", "axes", "render_rgb", "camera", "seed",
              "val_fraction", "split_seed")
     settings = {name: getattr(args, name) for name in names}
     settings["exposure"] = None if args.exposure in (None, "auto") else args.exposure
-    first = jobs[0][1]
-    shape = data.read_rgb(first.rgb_path).shape if first.rgb_path else None
-    bands = data.read_cube(first.cube_path, key=args.cube_key, axes=args.axes, rgb_shape=shape).shape[2]
-    nm = data.read_wavelengths(first.cube_path)
+    errors = []
+    for path, rgb_path in ((scene.cube_path, scene.rgb_path) for _, scene in jobs if scene.cube_path):
+        try:
+            shape = data.read_rgb(rgb_path).shape if rgb_path else None
+            bands = data.read_cube(path, key=args.cube_key, axes=args.axes, rgb_shape=shape).shape[2]
+            break
+        except UserError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
+    nm = data.read_wavelengths(path)
     if args.wavelengths or (nm is None and bands == 31):
         nm = np.linspace(*(args.wavelengths or (400.0, 700.0)), bands).tolist()
     if nm is None or len(nm) != bands:
-        raise UserError(f"{first.cube_path}: {bands} bands, but no wavelengths of them in the file; "
-                        "give --wavelengths FIRST:LAST in nm")
+        raise UserError(f"{path}: {bands} bands, but no wavelengths of them in the file; give --wavelengths FIRST LAST in nm")
     if args.render_rgb:
         common.camera_response(args.camera, nm)
     return settings | {"bands": bands, "wavelengths": nm}
 
 
-def load_scene(scene: Scene, settings: dict) -> tuple[np.ndarray | None, np.ndarray]:
+def check_files(scene: data.Scene, render: str | None) -> None:
+    """The files of a scene are there, before anything is written."""
+    missing = [path for path in (scene.cube_path, scene.rgb_path) if path and not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file, though scene {scene.name} is listed; add it or mend the list")
+    if scene.rgb_path is None and not render:
+        raise UserError(f"{scene.cube_path}: scene {scene.name} has no RGB image; add it, or render it with --render-rgb")
+
+
+def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np.ndarray]:
     """Cube (H, W, bands) float32, scaled but not judged, and RGB, rendered where the settings ask for it."""
-    render = scene.cube_path and settings["render_rgb"]
-    rgb = data.read_rgb(scene.rgb_path) if scene.rgb_path and render != "all" else None
+    check_files(scene, settings["render_rgb"])
+    rendered = scene.cube_path and (settings["render_rgb"] == "all" or scene.rgb_path is None)
+    rgb = None if rendered else data.read_rgb(scene.rgb_path)
     if scene.cube_path is None:
         return None, rgb
     cube = data.read_cube(scene.cube_path, key=settings["cube_key"], axes=settings["axes"], bands=settings["bands"],
                           rgb_shape=None if rgb is None else rgb.shape)
     cube = cube if settings["scale"] == 1 else cube / np.float32(settings["scale"])
-    if rgb is None and not render:
-        raise UserError(f"{scene.cube_path}: no image of scene {scene.name}; add it as a JPEG, PNG or BMP of that name, "
-                        "or render it with --render-rgb")
     if rgb is None:
         rng = np.random.default_rng([settings["seed"], *scene.name.encode()])
         response = common.camera_response(settings["camera"], settings["wavelengths"])
@@ -334,26 +328,22 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-def check_disk(root: Path, needed: int) -> None:
-    """Print what will be written, and refuse when it does not fit."""
-    place = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+def claim(root: Path, path: Path, settings: dict, needed: int) -> None:
+    """Take the output folder, which may be new, empty, or begun with the same settings, if `needed` bytes fit on its disk;
+    the file `path` then holds the settings."""
+    old = json.loads(path.read_text()) if path.exists() else settings
+    for name, value in settings.items():
+        if old.get(name) != value:
+            raise UserError(f"{root}: was made with {name} {old.get(name)}, not {value}; remove the folder or give another "
+                            "--output-root")
+    if not path.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root}: exists and holds other things; give a new or empty folder as --output-root")
+    free = shutil.disk_usage(next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())).free
     print(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", flush=True)
     if needed + 1e7 > free:  # 10 MB for index and pictures
-        raise UserError(f"{root}: {needed / 1e9:.2f} GB to write do not fit into the {free / 1e9:.2f} GB free; make room "
-                        "or choose another --output-root")
-
-
-def check_same_settings(root: Path, path: Path, settings: dict) -> None:
-    """A folder may be new, empty, or begun with the same settings."""
-    if path.exists():
-        old = json.loads(path.read_text())
-        for name, value in settings.items():
-            if old.get(name) != value:
-                raise UserError(f"{root}: was made with {name} {old.get(name)}, not {value}; remove the folder or give "
-                                "another --output-root")
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: exists and is none of these folders; give a new or empty folder as --output-root")
+        raise UserError(f"{root}: {needed / 1e9:.2f} GB to write do not fit into the {free / 1e9:.2f} GB free; make room or "
+                        "give another --output-root")
+    write_json(path, settings)
 
 
 def _save(path: Path, array: np.ndarray) -> str:
@@ -363,12 +353,12 @@ def _save(path: Path, array: np.ndarray) -> str:
     return hashlib.sha256(memory.getbuffer()).hexdigest()
 
 
-def _source(scene: Scene) -> list:
+def _source(scene: data.Scene) -> list:
     """Names, sizes and times of the raw files, to notice a changed one."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in (scene.cube_path, scene.rgb_path) if p]
 
 
-def stage_scene(job: tuple[str, Scene], root: Path, settings: dict) -> dict:
+def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> tuple[str, dict]:
     """Write one scene's .npy files and, last, its record, which becomes its entry in index.json."""
     split, scene = job
     cube, rgb = load_scene(scene, settings)
@@ -385,25 +375,23 @@ def stage_scene(job: tuple[str, Scene], root: Path, settings: dict) -> dict:
                   "grid": [len(rows), len(cols)], "patches": len(rows) * len(cols)}
         entry["cube_sha256"] = _save(root / entry["cube"], np.ascontiguousarray(cube, dtype))
     entry["rgb_sha256"] = _save(root / entry["rgb"], rgb)
-    record = root / ".staging" / f"{split}.{scene.name}.json"
-    write_json(record, entry)
-    return json.loads(record.read_text())
+    write_json(root / ".staging" / f"{split}.{scene.name}.json", entry)
+    return split, json.loads(common.to_json(entry))
 
 
 def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> dict:
     """index.json: what the loaders need, and the statistics of the training scenes pooled over pixels."""
     train = splits["train"] or splits["val"]
-    pixels = np.array([entry["shape"][0] * entry["shape"][1] for entry in train], float)
-    low, high = (f([entry[name] for entry in train], 0) for f, name in ((np.min, "min"), (np.max, "max")))
-    statistics = {"min": low, "max": high}
+    pixels = [entry["shape"][0] * entry["shape"][1] for entry in train]
+    statistics = {name: f([e[name] for e in train], axis=0) for name, f in (("min", np.min), ("max", np.max))}
     for kind in ("", "rgb_"):
         means, stds = (np.array([entry[kind + name] for entry in train]) for name in ("mean", "std"))
         mean, square = (np.average(x, axis=0, weights=pixels) for x in (means, stds**2 + means**2))
         statistics |= {f"{kind}mean": mean, f"{kind}std": np.sqrt(np.maximum(square - mean**2, 0))}
+    facts = {"rgb": "uint8; per-scene rgb_range holds the whole-frame min and max for per_image",
+             "cube": f"as in the raw file, divided by {settings['scale']:g}"}
     index = {"format": "hsi-staged", "version": 1, "bands": settings["bands"], "wavelengths": settings["wavelengths"],
-             "settings": settings, "splits": splits, "statistics": statistics,
-             "normalisation": {"rgb": "uint8; per-scene rgb_range holds the whole-frame min and max for per_image",
-                               "cube": f"as in the raw file, divided by {settings['scale']:g}"}}
+             "settings": settings, "splits": splits, "statistics": statistics, "normalisation": facts}
     write_json(root / "index.json", index)
     return index
 
@@ -412,78 +400,61 @@ def contact_sheet(root: Path, index: dict, most: int = 12) -> None:
     """contact_sheet.png: RGB, cube rendered, three bands and mean spectra of some scenes. A wrong transpose shows."""
     from matplotlib.figure import Figure
 
-    scenes = index["splits"]["train"] + index["splits"]["val"]
+    scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
     scenes = [scenes[i] for i in sorted({*np.linspace(0, len(scenes) - 1, min(most, len(scenes))).astype(int)})]
-    nm = index["wavelengths"]
+    chosen = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
     figure = Figure(figsize=(13, 2.1 * len(scenes)), layout="constrained", dpi=70)
     for row, entry in zip(figure.subplots(len(scenes), 6, squeeze=False), scenes, strict=True):
         step = max(max(entry["shape"]) // 256, 1)
         rgb, cube = (np.load(root / entry[kind], mmap_mode="r")[::step, ::step] for kind in ("rgb", "cube"))
         cube = cube.astype(np.float32)
-        chosen = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
-        visible = min(nm) < 500 and max(nm) > 600
-        colour = common.cube_to_srgb(cube, nm) if visible else cube[..., chosen[::-1]]
-        pictures = [(f"{entry['name']} RGB", rgb), ("cube in colour", colour)]
-        pictures += [(f"{nm[i]:.0f} nm", cube[..., i]) for i in chosen]
-        for axis, (title, picture) in zip(row, pictures, strict=False):
+        colour = common.cube_to_srgb(cube, nm) if min(nm) < 500 and max(nm) > 600 else cube[..., chosen]
+        pictures = {entry["name"]: rgb, "cube": colour, **{f"{nm[i]:.0f} nm": cube[..., i] for i in chosen}}
+        for axis, (title, picture) in zip(row, pictures.items(), strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=float(cube.max()))
-            axis.set_title(title, fontsize=8)
-            axis.set_axis_off()
+            axis.set(title=title, xticks=[], yticks=[])
         for name, part in (("top half", cube[: len(cube) // 2]), ("bottom half", cube[len(cube) // 2 :])):
             row[5].plot(nm, part.mean((0, 1)), label=name)
-        row[5].tick_params(labelsize=6)
-        row[5].legend(fontsize=6)
+        row[5].legend()
     atomic_write(root / "contact_sheet.png", lambda file: figure.savefig(file, format="png"))
 
 
-def _frame_size(scene: Scene, settings: dict) -> tuple[int, int]:
-    if scene.rgb_path is None:
-        return data.read_cube(scene.cube_path, key=settings["cube_key"], axes=settings["axes"], bands=settings["bands"]).shape[:2]
-    with data._reading(scene.rgb_path, "an RGB image"), Image.open(scene.rgb_path) as image:
-        return image.height, image.width
-
-
-def _bytes_needed(split: str, scene: Scene, settings: dict) -> int:
+def _bytes_needed(job: tuple[str, data.Scene], settings: dict) -> int:
     """Bytes on disk of one staged scene; an error when no patch fits into it."""
-    h, w = _frame_size(scene, settings)
-    value = 2 if split == "train" and settings["dtype"] == "float16" else 4
-    if scene.cube_path:
-        data.patch_grid(h, w, settings["patch_size"], settings["stride"])
-    return h * w * (3 + (settings["bands"] * value if scene.cube_path else 0)) + 4096
+    split, scene = job
+    h, w = (data.read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings)[1]).shape[:2]
+    if scene.cube_path is None:
+        return h * w * 3
+    data.patch_grid(h, w, settings["patch_size"], settings["stride"])
+    return h * w * (3 + settings["bands"] * (2 if split == "train" and settings["dtype"] == "float16" else 4))
 
 
-def _is_done(root: Path, entry: dict | None, scene: Scene) -> bool:
-    files = [entry[kind] for kind in ("cube", "rgb") if kind in entry] if entry else []
-    return bool(files) and entry["source"] == _source(scene) and all((root / file).exists() for file in files)
+def _staged_before(root: Path) -> dict[tuple[str, str], dict]:
+    """Entries by (split, scene) that an earlier run left in the index or, when it was stopped, in .staging."""
+    index = root / "index.json"
+    splits = json.loads(index.read_text())["splits"] if index.exists() else {}
+    done = {(split, entry["name"]): entry for split, entries in splits.items() for entry in entries}
+    for path in (root / ".staging").glob("*.json"):
+        entry = json.loads(path.read_text())
+        done[path.name.split(".")[0], entry["name"]] = entry
+    return {key: e for key, e in done.items() if all((root / e[kind]).exists() for kind in ("cube", "rgb") if kind in e)}
 
 
 def stage(args: argparse.Namespace) -> None:
     """Raw data set -> staged folder. Scenes that are done are kept, so that a stopped run carries on."""
-    root, jobs, done = Path(args.output_root), collect_scenes(args), {}
+    root, jobs = Path(args.output_root), collect_scenes(args)
     for _, scene in jobs:
-        for path in filter(None, (scene.cube_path, scene.rgb_path)):
-            if not path.exists():
-                raise UserError(f"{path}: no such file, though scene {scene.name} is listed; add it or mend the list")
-        if scene.rgb_path is None and not args.render_rgb:
-            raise UserError(f"{scene.cube_path}: no image of scene {scene.name}; add it as a JPEG, PNG or BMP of that "
-                            "name, or render it with --render-rgb")
+        check_files(scene, args.render_rgb)
     settings = json.loads(common.to_json(resolve_settings(args, jobs)))
-    check_same_settings(root, root / "settings.json", settings)
-    if (root / "index.json").exists():
-        splits = json.loads((root / "index.json").read_text())["splits"]
-        done = {(split, entry["name"]): entry for split, entries in splits.items() for entry in entries}
-    for path in (root / ".staging").glob("*.json"):
-        entry = json.loads(path.read_text())
-        done[path.name.split(".")[0], entry["name"]] = entry
+    done = _staged_before(root)
+    left = [job for job in jobs if done.get((job[0], job[1].name), {}).get("source") != _source(job[1])]
+    sizes = list(run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes")) if left else []
+    claim(root, root / "settings.json", settings, sum(sizes))
     strange = set(done) - {(split, scene.name) for split, scene in jobs}
     if strange:
         raise UserError(f"{root}: holds {'/'.join(min(strange))}, which the source lacks; give another --output-root")
-    left = [job for job in jobs if not _is_done(root, done.get((job[0], job[1].name)), job[1])]
-    check_disk(root, sum(_bytes_needed(*job, settings) for job in left))
-    write_json(root / "settings.json", settings)
-    for _, scene in left: pass
-    for split_entry in run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging"):
-        done[split_entry["rgb"].split("/")[0], split_entry["name"]] = split_entry
+    for split, entry in run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging"):
+        done[split, entry["name"]] = entry
     splits = {split: [done[split, s.name] for other, s in jobs if other == split] for split in ("train", "val", "test")}
     contact_sheet(root, write_index(root, splits, settings))
     shutil.rmtree(root / ".staging", ignore_errors=True)
@@ -495,31 +466,29 @@ def stage(args: argparse.Namespace) -> None:
 # --- checking, command line -----------------------------------------------------------------------------------------
 
 
-def inspect_scene(job: tuple[str, Scene], settings: dict) -> tuple[str, str, str, str]:
-    """One row of the table: split, name, facts, problem."""
+def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
+    """One row of the table."""
     split, scene = job
-    facts = ""
+    row = f"{split:5s} {scene.name:24s}"
     try:
         cube, rgb = load_scene(scene, settings)
         if cube is None:
-            return split, scene.name, f"{rgb.shape[0]} x {rgb.shape[1]} RGB", ""
-        facts = (f"{' x '.join(map(str, cube.shape))}  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}  "
-                 f"zeros {100 * np.mean(cube == 0):.3f} %  NaN {np.isnan(cube).sum()}")
+            return f"{row} {rgb.shape[0]} x {rgb.shape[1]} RGB"
+        row += (f" {' x '.join(map(str, cube.shape))}  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}  "
+                f"zeros {100 * np.mean(cube == 0):.3f} %  NaN {np.isnan(cube).sum()}")
         data.check_cube(cube, scene.cube_path)
     except UserError as error:
-        return split, scene.name, facts, str(error)
-    return split, scene.name, facts, ""
+        row += f"  PROBLEM {error}"
+    return row
 
 
 def verify(args: argparse.Namespace) -> int:
     """Open every scene, print a table, write nothing. -> exit code."""
     jobs = collect_scenes(args)
-    work = partial(inspect_scene, settings=resolve_settings(args, jobs))
-    rows = sorted(run_jobs(work, jobs, args.workers, "verifying"))
-    for split, name, facts, problem in rows:
-        print(f"{split:5s} {name:24s} {facts}{'  PROBLEM ' + problem if problem else ''}")
-    problems = sum(bool(row[3]) for row in rows)
-    print(f"{len(rows)} scenes, {problems} with problems")
+    settings = resolve_settings(args, jobs)
+    rows = sorted(run_jobs(partial(inspect_scene, settings=settings), jobs, args.workers, "verifying"))
+    problems = sum("  PROBLEM " in row for row in rows)
+    print("\n".join([*rows, f"{len(rows)} scenes, {problems} with problems"]))
     return int(problems > 0)
 
 
@@ -531,11 +500,6 @@ def _number(kind: type, low: float, high: float = np.inf) -> Callable[[str], flo
     return number
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, width = text.split("x")
-    return int(height), int(width)
-
-
 def build_parser() -> common.CliParser:
     parser = common.CliParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
@@ -543,7 +507,7 @@ def build_parser() -> common.CliParser:
     source.add_argument("--cave-root", metavar="DIR", help="CAVE layout: a folder of band images for each scene")
     source.add_argument("--cubes", metavar="DIR", help="cubes (.mat .npy .npz .hdr), each with its RGB of the same name")
     source.add_argument("--synthetic", type=int, metavar="N", help="make N raw scenes, to be staged with --arad-root")
-    add = parser.add_argument_group("output").add_argument
+    add = parser.add_argument
     add("--output-root", metavar="DIR", help="the folder to write")
     add("--verify-only", action="store_true", help="open everything, print a table; exit code 1 with any problem")
     add("--patch-size", type=_number(int, 1), default=128, help="side of a training patch (128)")
@@ -551,31 +515,28 @@ def build_parser() -> common.CliParser:
     add("--patch-grid", choices=("floor", "cover"), default="floor", help="MST++'s grid, or one to the border too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of training cubes; the others are float32")
     add("--workers", type=_number(int, 1), default=min(8, os.cpu_count() or 1), help="parallel processes")
-    add = parser.add_argument_group("reading").add_argument
     add("--val-fraction", type=_number(float, 0, 1), help="share for validation where there are no lists (0.1)")
     add("--split-seed", type=_number(int, 0), default=0, help="seed of that draw")
     add("--scale", type=_number(float, 1e-12), default=1.0, help="the stored value that means 1")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
-    add("--wavelengths", type=lambda text: tuple(map(float, text.split(":"))), metavar="FIRST:LAST", help="nm")
-    add = parser.add_argument_group("camera and synthetic scenes").add_argument
+    add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help="nm, where the files lack them")
     add("--render-rgb", nargs="?", const="missing", choices=("missing", "all"), help="render the missing images, or all")
     add("--camera", default="analytic", help="analytic, analytic2, cie1964, or a CSV file with rows nm,r,g,b")
     add("--exposure", type=lambda text: text if text == "auto" else _number(float, 1e-9)(text),
         help="a gain, 1: white is full scale (default of --synthetic), or auto: mean 0.18 (default of --render-rgb)")
     add("--seed", type=_number(int, 0), default=0, help="seed of scenes and camera noise")
-    add("--size", type=_size, default=(256, 256), metavar="HxW", help="of synthetic scenes (256x256)")
+    add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default=(256, 256), metavar="HxW", help="of synthetic scenes (256x256)")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
     if args.verify_only and args.synthetic is None:
         return verify(args)
     if not args.output_root:
         raise UserError("--output-root: give the folder to write")
-    make_synthetic(args) if args.synthetic is not None else stage(args)
-    return 0
+    return make_synthetic(args) if args.synthetic is not None else stage(args)
 
 
 if __name__ == "__main__":

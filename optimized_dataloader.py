@@ -71,9 +71,8 @@ def _extra(module: str, path: Path) -> Any:
 
 def cube_axes(shape: tuple[int, ...], path: Path, hdf5: bool, axes: str | None, bands: int | None,
               rgb_shape: tuple[int, ...] | None) -> str:
-    """The meaning of the three stored axes, such as "cwh", as numpy or h5py shows them: MATLAB is column-major, so in a
-    v7.3 file its H x W x bands comes out as (bands, W, H); elsewhere H x W x bands and bands x H x W are usual.
-    The band count and the size of the paired RGB decide; UserError where they cannot."""
+    """The three stored axes as numpy or h5py shows them, such as "cwh", told by the band count and the paired RGB's size.
+    MATLAB is column-major: H x W x bands of a v7.3 file comes out as (bands, W, H); elsewhere hwc and chw are usual."""
     if len(shape) != 3:
         raise UserError(f"{path}: the cube has shape {shape}; three axes are needed (another --cube-key?)")
     if axes is not None and sorted(axes) != ["c", "h", "w"]:
@@ -103,8 +102,8 @@ def _pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
     for names in ([key] if key in arrays else [], usual, cubes):
         if len(names) == 1 and key in (None, names[0]):
             return names[0]
-    raise UserError(f"{path}: {f'no array {key}' if key else 'which array is the cube?'}; give --cube-key, one of: "
-                    f"{', '.join(arrays) or 'none, it has no numeric arrays'}")
+    problem = f"no array {key} in it" if key else "which array is the cube?"
+    raise UserError(f"{path}: {problem} give --cube-key, one of: {', '.join(arrays) or 'none, there are no arrays'}")
 
 
 @contextmanager
@@ -135,8 +134,7 @@ def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = No
         if path.is_dir():
             stored, axes = _read_band_images(path), "hwc"
         elif suffix == ".hdr":  # load() applies the reflectance scale factor
-            stored = np.asarray(_extra("spectral.io.envi", path).open(str(path)).load(dtype=np.float32))
-            axes = "hwc"
+            stored, axes = _extra("spectral.io.envi", path).open(str(path)).load(dtype=np.float32), "hwc"
         elif suffix == ".npy":
             stored = np.load(path, allow_pickle=False)
         elif suffix in (".npz", ".mat"):
@@ -150,7 +148,7 @@ def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = No
         if stored.dtype.kind not in "iuf":
             raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
     layout = cube_axes(stored.shape, path, hdf5, axes, bands, rgb_shape)
-    return stored.astype(np.float32, copy=False).transpose([layout.index(letter) for letter in "hwc"])
+    return np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
 
 
 def band_images(folder: Path) -> list[Path]:
@@ -210,8 +208,7 @@ def check_cube(cube: np.ndarray, path: str | Path, constant_bands: bool = True) 
     """UserError for values that spoil a training run: NaN, infinite, outside [0, 1], a band all of one value."""
     low, high = float(cube.min()), float(cube.max())
     if not math.isfinite(low) or not math.isfinite(high):
-        bad = int(cube.size - np.isfinite(cube).sum())
-        raise UserError(f"{path}: {bad} values of the cube are NaN or infinite; mend or leave out this scene")
+        raise UserError(f"{path}: {(~np.isfinite(cube)).sum()} values are NaN or infinite; mend or leave out this scene")
     if low < -UNIT_TOLERANCE or high > 1 + UNIT_TOLERANCE:
         raise UserError(f"{path}: values from {low:g} to {high:g}, outside [0, 1]; stage with dataset_setup.py --scale")
     flat = [band for band in range(cube.shape[2]) if np.ptp(cube[..., band]) == 0] if constant_bands else []
@@ -412,8 +409,7 @@ class RawScenes(_Scenes):
 
 
 def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes that the tightest memory limit on this process leaves, in cgroup v1 or v2; inf without a limit. File cache
-    counts as used there but is given back under pressure, so it is added."""
+    """Bytes left under the tightest memory limit on this process, cgroup v1 or v2 (inf: none). File cache counts as free."""
     free = math.inf
     for line in membership.read_text().splitlines() if membership.exists() else ():
         controllers, place = line.split(":", 2)[1:]
@@ -549,8 +545,7 @@ def dihedral(x: Tensor, code: int) -> Tensor:
 
 def _turned(stored: Tensor, codes: list[int]) -> Tensor:
     """(B, p, p, C) of any type -> float32, each sample turned by its code."""
-    shape, on_cpu = tuple(stored.shape), stored.device.type == "cpu"
-    turned = _buffer(shape, "float32") if on_cpu else torch.empty(shape, dtype=torch.float32, device=stored.device)
+    turned = _buffer(tuple(stored.shape), "float32") if stored.is_cpu else torch.empty_like(stored, dtype=torch.float32)
     for i, code in enumerate(codes):
         flipped = dihedral(stored[i], code & 3)  # converted apart: a copy that transposes too converts one by one
         turned[i].copy_(flipped.float().transpose(0, 1) if code & 4 else flipped)
@@ -593,7 +588,6 @@ class TrainLoader:
         self.epoch, self.positions[:] = epoch, [(epoch, i) for i in range(iteration, len(self))]
 
     def __len__(self) -> int:
-        """Iterations of a whole epoch, wherever the position is."""
         return self.iterations
 
     def __iter__(self) -> Iterator[RawBatch]:
@@ -677,7 +671,7 @@ def val_loader(config: DataConfig) -> ValLoader:
 def create_optimized_dataloaders(config: DataConfig) -> tuple[TrainLoader, ValLoader]:
     train, val = train_loader(config), val_loader(config)
     if val.wavelengths != train.wavelengths:
-        raise UserError(f"--data_root {config.data_root}: training and validation scenes have other bands; stage it again")
+        raise UserError(f"--data_root {config.data_root}: training and validation scenes differ in their bands; stage it again")
     return train, val
 
 

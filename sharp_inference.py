@@ -58,8 +58,7 @@ MAX_TILE = 1024  # px
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above this and refuses twice this
 MAPPED_BYTES = 256 << 20  # arrays above this are mapped to files, and pages let go after as much was written
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
-UNREADABLE = (UserError, OSError, ValueError, SyntaxError, EOFError, zlib.error, struct.error,  # what Pillow may raise
-              Image.DecompressionBombError)
+UNREADABLE = (UserError, OSError, ValueError, SyntaxError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
 COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal intervals of the calibration
 
 files, computing, scoring = (partial(opt, group=group) for group in ("files", "computing", "scoring"))
@@ -254,8 +253,7 @@ class LiveBytes(TorchDispatchMode):
 def plan_tile(model: Loaded, size: tuple[int, int], args: Settings) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a tile that does."""
     cuda = model.device.type == "cuda"
-    free = min(psutil.virtual_memory().available, data.cgroup_free())
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else free
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else min(psutil.virtual_memory().available, data.cgroup_free())
     budget = (args.memory_gb or free / 2**30 / 2) * 2**30
     per_pixel = 1.3 * model.pixel_bytes + 8 * model.bands  # 1.3 for the kernels' own scratch; 8: a cube and a copy
     if size[0] * size[1] * per_pixel <= budget:
@@ -269,8 +267,7 @@ def predict(model: Loaded, source: Callable, size: tuple[int, int], args: Settin
     """What `forward` gives for an image of any size, and the tile that was used; running out of memory halves it."""
     patch = patch or args.patch_size or plan_tile(model, size, args)
     while True:
-        limit = patch - 1 if patch == args.patch_size else patch // 2
-        overlap = patch // 4 if args.overlap is None else min(args.overlap, limit)
+        overlap = min(patch // 4 if args.overlap is None else args.overlap, patch - 1 if patch == args.patch_size else patch // 2)
         try:
             return blend_tiles(lambda x: forward(model, x, args)[:, :channels], source, size, patch, overlap,
                                args.batch_size, allocate, tick), patch
@@ -399,8 +396,7 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
 
 
 def show(axis, image: np.ndarray, title: str = "", **settings):
-    axis.set(title=title)
-    axis.set_axis_off()
+    axis.set(title=title, xticks=[], yticks=[])
     return axis.imshow(image, **settings)
 
 
@@ -412,9 +408,10 @@ def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points
     """_preview.png (sRGB by the CIE 1964 observer), _bands.png (a montage), _spectra.png at points (x, y)."""
     (bands, height, width), columns = cube.shape, math.ceil(math.sqrt(len(cube)))
     step, rows = math.ceil(max(height, width) / 2048), math.ceil(bands / columns)
-    picture = common.cube_to_srgb(cube[:, ::step, ::step].transpose(1, 2, 0), wavelengths)
+    small = np.stack([cube[band, ::step, ::step].copy() for band, _ in blocks(cube, height)])
+    picture = common.cube_to_srgb(small.transpose(1, 2, 0), wavelengths)
     common.atomic_write(f"{stem}_preview.png", lambda file: Image.fromarray(picture).save(file, "png"))
-    small = np.pad(cube[:, :: 2 * step, :: 2 * step], [(0, rows * columns - bands), (0, 0), (0, 0)])
+    small = np.pad(small[:, ::2, ::2], [(0, rows * columns - bands), (0, 0), (0, 0)])
     h, w = small.shape[1:]
     sheet = small.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
     with figure(f"{stem}_bands.png", 1, 12, min(40, 12 * rows * h / (columns * w))) as (axis,):
@@ -466,10 +463,9 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         remarks += [f"edges repeated up to {MIN_SIDE} px"] * (min(height, width) < MIN_SIDE)
         with tqdm(total=height * width / 1e6, unit="MPixel", desc=path.name, leave=False, disable=None,
                   bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}") as bar:
-            cube, patch = predict(
-                model, source, (height, width), args,
-                lambda bands: allocate_array((bands, height, width), np.float32, Path(work)),
-                channels=model.bands, tick=lambda pixels: bar.update(pixels / 1e6))
+            cube, patch = predict(model, source, (height, width), args, channels=model.bands,
+                                  allocate=lambda bands: allocate_array((bands, height, width), np.float32, Path(work)),
+                                  tick=lambda pixels: bar.update(pixels / 1e6))
         if args.preview:
             points = [(x, y) for x, y in args.points if x < width and y < height]
             write_preview(target.with_suffix(""), cube, model.wavelengths, points)
@@ -514,7 +510,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
         for scene in tqdm(loader, desc=model.name, disable=None):
             if not peak:  # this forward also warms up, so that the first one timed is like the others
                 with LiveBytes() as live:
-                    forward(model, scene.rgb, args)
+                    forward(model, scene.rgb[..., : args.patch_size, : args.patch_size], args)
                 peak = live.peak
             mine.append(score(model, scene, args, folder))
             for change, settings in STRESS.items() if args.stress else ():
@@ -582,8 +578,7 @@ def summarise(model: Loaded, records: list[dict], peak: int, args: Settings, fol
         "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
         "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
         "parameters": sum(p.numel() for p in model.module.parameters()), "macs_256": counter.get_total_flops() // 2,
-        "seconds_per_frame": float(np.median(seconds)), "peak_memory_mb": peak / 2**20,
-        "best": ordered[0], "worst": ordered[-1],
+        "seconds_per_frame": float(np.median(seconds)), "peak_memory_mb": peak / 2**20, "best": ordered[0], "worst": ordered[-1],
     }
     cells = [records[0], *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records)]
     save_text(folder / "metrics.csv", "".join(",".join(row) + "\n" for row in cells))
@@ -653,27 +648,32 @@ def report(summaries: list[dict], stress: list[dict], args: Settings, output: Pa
 def export(model: Loaded, args: Settings) -> None:
     """Safetensors, configuration, model card, and an ONNX file of one input size, held against torch's output."""
     onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
-    folder, side, module = Path(args.export), args.patch_size or 256, model.module.cpu()
+    folder, side, module, failure = Path(args.export), args.patch_size or 256, model.module.cpu(), ""
     common.save_weights(folder / "model.safetensors", module.state_dict(), model.kind, model.config, model.data)
-    example = torch.rand(1, 3, side, side)
-    torch.onnx.export(module, (example,), folder / "model.onnx", input_names=["rgb"], external_data=False)
-    with torch.no_grad():
-        expected = tree_leaves(module(example))[0].numpy()
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    error = float(np.abs(session.run(None, {"rgb": example.numpy()})[0] - expected).max())
-    if not error <= 1e-3 * max(1.0, np.abs(expected).max()):
-        raise UserError(f"{folder / 'model.onnx'}: differs from torch by {error:.2g}; do not use it")
+    example, file = torch.rand(1, 3, side, side), folder / "model.onnx"
+    try:
+        with torch.no_grad():
+            expected = tree_leaves(module(example))[0].numpy()
+            torch.onnx.export(module, (example,), file, input_names=["rgb"], external_data=False, verbose=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        error = float(np.abs(session.run(None, {"rgb": example.numpy()})[0] - expected).max())
+        if not error <= 1e-3 * max(1.0, np.abs(expected).max()):
+            failure = f"{file}: differs from torch by {error:.2g}; do not use it"
+    except torch.onnx.OnnxExporterError as reason:
+        error, failure = math.nan, f"{file}: not written, the other files are: {re.findall('>: (.+)', str(reason))[:1]}"
     facts = {
         "model": model.kind, "weights": f"{model.weights} of {Path(model.path).name}", "rgb_norm": model.rgb_norm,
         "input": "(B, 3, H, W) float32 RGB: per_image = (x - min) / (max - min) of the whole image, unit = x / 255",
-        "least_side": MIN_SIDE, "wavelengths": model.wavelengths,
-        "output": f"(B, {model.bands}, H, W) float32", "parameters": sum(p.numel() for p in module.parameters()),
-        "onnx_input": [1, 3, side, side], "onnx_difference": error, "model_config": model.config, "data": model.data}
+        "least_side": MIN_SIDE, "wavelengths": model.wavelengths, "output": f"(B, {model.bands}, H, W) float32",
+        "parameters": sum(p.numel() for p in module.parameters()), "model_config": model.config, "data": model.data,
+        "onnx_input": [1, 3, side, side], "onnx_difference": error}
     common.write_json(folder / "config.json", facts)
     save_text(folder / "README.md", f"# {model.name}: RGB to {model.bands} spectral bands\n\n" + "".join(
         f"- {key}: {value}\n" for key, value in facts.items()) + "\nThree channels do not determine a spectrum: "
         "trust this for cameras, light and scenes like those of its training data.\n\n"
         "    python sharp_inference.py --checkpoint model.safetensors --input photo.jpg --output photo.npy\n")
+    if failure:
+        raise UserError(failure)
     print(f"{folder}: model.safetensors, config.json, README.md, model.onnx ({side} px, within {error:.1e} of torch)")
 
 

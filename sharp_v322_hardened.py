@@ -12,9 +12,7 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Optional
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from common_utils_v32 import DropPath, build_from_checkpoint, fit_linear_spectral_path, opt
 
-SPARSE_MODES = ("topk", "block", "sparsemax", "local")
+SPARSE_MODES, KEY_RBF_MODES = ("topk", "block", "sparsemax", "local"), ("linear", "mean", "none")
 TILE = 8                      # side in pixels of a query tile of local attention
 ROW_GROUP = 16                # rows and keys of a score tile come in groups: BLAS sums in another order for tiny ones
 MASKED = -1e30                # a score that gets no weight; finite, so that padded queries, without keys, stay finite
@@ -33,11 +31,10 @@ TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}    # scores held at a time: 1 MiB is
 
 
 # ---- sparse attention: exact top-k --------------------------------------------------------------------------------
-
 def _register(name: str, forward, backward, keys):
-    """An operator whose loops stay out of compiled graphs. It maps q, k, v and settings to (out, a number a
-    query); its backward gets the gradient, q, k, v, both outputs and the settings. `keys(k's shape, settings)` counts the
-    keys that a query meets: two products forward, five backward, which computes the scores again."""
+    """An operator whose loops stay out of compiled graphs. It maps q, k, v and settings to (out, a number a query); its
+    backward gets the gradient, q, k, v, both outputs and the settings. `keys(k's shape, settings)` is how many keys a
+    query meets: two products forward, five backward, which computes the scores again."""
     op = torch.library.custom_op(f"hsi::{name}", forward, mutates_args=())
     back = torch.library.custom_op(f"hsi::{name}_backward", backward, mutates_args=())
     op.register_fake(lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1)))
@@ -72,7 +69,7 @@ def _spans(total: int, size: int):
     starts = list(range(0, total, size))
     if len(starts) > 1 and total - starts[-1] < ROW_GROUP:
         starts.pop()
-    return list(zip(starts, starts[1:] + [total]))
+    return list(zip(starts, starts[1:] + [total], strict=False))
 
 
 def _score_tiles(q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int):
@@ -124,23 +121,21 @@ def _topk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, t
                    scale: float, block_size: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad * out).sum(-1, keepdim=True)
-    buffer = None
+    buffer = q.new_empty(0)
     for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
         weights = _keep_and_softmax_(scores, threshold[hs, rows])
         dv[hs].baddbmm_(weights.mT, grad[hs, rows])
-        buffer = torch.empty_like(weights) if buffer is None or buffer.numel() < weights.numel() else buffer
-        ds = torch.bmm(grad[hs, rows], v[hs].mT, out=buffer.view(-1)[:weights.numel()].view(weights.shape))
+        ds = torch.bmm(grad[hs, rows], v[hs].mT, out=buffer.resize_(weights.shape))
         ds.sub_(delta[hs, rows]).mul_(weights)
         torch.bmm(ds, k[hs], out=dq[hs, rows])
         dk[hs].baddbmm_(ds.mT, q[hs, rows])
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
-_topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, settings: k[1])
+_topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, rest: k[1])
 
 
 # ---- sparse attention: local windows --------------------------------------------------------------------------------
-
 def sparsemax(scores: Tensor) -> Tensor:
     """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, most entries are exactly 0."""
     with torch.no_grad():
@@ -155,7 +150,6 @@ def sparsemax(scores: Tensor) -> Tensor:
 class _LocalTiles:
     """A tile is TILE x TILE pixels of queries; its keys are those pixels and a border `reach` wide. A step is a few
     tiles in a row. All tensors are images (BH, H, W, D): only a step's strip is padded, never the frame."""
-
     def __init__(self, q: Tensor, side: int):
         self.height, self.width = q.shape[1:3]
         self.reach, self.halo = side // 2, TILE + side - 1
@@ -208,7 +202,7 @@ class _LocalTiles:
         return q, k, v, self.window, frame
 
 
-def _local_weights(q: Tensor, k: Tensor, window: Tensor, frame: Optional[Tensor], scale: float, pad_value: float,
+def _local_weights(q: Tensor, k: Tensor, window: Tensor, frame: Tensor | None, scale: float, pad_value: float,
                    sparse: bool) -> Tensor:
     """Softmax, or sparsemax with keys outside the frame masked or at `pad_value` (nan: masked)."""
     scores = (q @ k.mT).mul_(scale)
@@ -255,11 +249,10 @@ def _local_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return dq, dk, dv
 
 
-_local_op = _register("local_attention", _local_forward, _local_backward, lambda k, settings: (TILE + settings[0] - 1) ** 2)
+_local_op = _register("local_attention", _local_forward, _local_backward, lambda k, rest: (TILE + rest[0] - 1) ** 2)
 
 
 # ---- sparse attention: blocks of keys, and the one entrance ----------------------------------------------------------
-
 def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
     """Gathering whole blocks costs a hundredth of the products; the gathered keys take N / q_block * K * D."""
     n_q, n_k, heads = q.shape[1], k.shape[1], len(q)
@@ -272,8 +265,7 @@ def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
     with torch.no_grad():                               # padded keys are zeros: they leave a sum as it is
         tail = k.new_tensor([size] * (blocks - 1) + [n_k - size * (blocks - 1)])
         pooled = (k.sum(2) / tail[:, None]).mT
-        parts = q.mean(2).split(max(1, 2**22 // (heads * blocks)), 1)
-        index = torch.cat([(part @ pooled).topk(keep, sorted=False).indices for part in parts], 1)
+        index = (q.mean(2) @ pooled).topk(keep, sorted=False).indices
         rows = (index + blocks * torch.arange(heads, device=q.device)[:, None, None]).flatten()
         place = index[..., None] * size + torch.arange(size, device=q.device)
         mask = (place < n_k).flatten(2)[:, :, None] if n_k < blocks * size else None
@@ -281,29 +273,34 @@ def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[:, :n_q]
 
 
-def _check_attention(q, k, v, ratio, sizes, window_size, mode, local, spatial_shape):
-    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape[0] == k.shape[0] == v.shape[0]
-            and q.shape[2] == k.shape[2] and k.shape[1] == v.shape[1] and min(q.shape[1], k.shape[1]) > 0):
-        raise ValueError("q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not "
-                         f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+def _odd_side(window_size: int, name: str) -> int:
+    side = math.isqrt(max(0, window_size))
+    if side**2 != window_size or side % 2 == 0:
+        raise ValueError(f"{name} must be an odd square (9, 25, 49, ...), not {window_size}")
+    return side
+
+
+def _check_attention(q, k, v, ratio, mode, spatial_shape, sizes):
+    """Raise ValueError for shapes that do not fit and for bad values. `spatial_shape` is () when it is not needed."""
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    fits = {len(x) for x in shapes} == {3} and len({x[0] for x in shapes}) == 1 and min(min(x) for x in shapes) > 0
+    if not fits or shapes[0][2] != shapes[1][2] or shapes[1][1] != shapes[2][1]:
+        raise ValueError(f"q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not {shapes}")
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"sparsity_ratio must be in [0, 1), not {ratio}")
-    for name, size in sizes.items():
-        if size < 1 or size != int(size):
-            raise ValueError(f"{name} must be a positive integer, not {size}")
-    if math.isqrt(window_size) ** 2 != window_size or window_size % 2 == 0:
-        raise ValueError(f"window_size must be an odd square (9, 25, 49, ...), not {window_size}")
     if mode not in SPARSE_MODES:
         raise ValueError(f"sparse_mode must be one of {', '.join(SPARSE_MODES)}, not {mode!r}")
-    if local and (spatial_shape is None or math.prod(spatial_shape) != q.shape[1] or q.shape[1] != k.shape[1]):
+    if bad := [f"{name} = {size}" for name, size in sizes.items() if size < 1 or size != int(size)]:
+        raise ValueError(f"{', '.join(bad)}: must be positive integers")
+    if spatial_shape != () and (spatial_shape is None or {math.prod(spatial_shape)} != {x[1] for x in shapes}):
         raise ValueError(f"local windows need spatial_shape=(H, W), H * W = {q.shape[1]} tokens, not {spatial_shape}")
 
 
 def sparse_attention_topk_streaming(
-        q: Tensor, k: Tensor, v: Tensor, sparsity_ratio: float = 0.9, scale: Optional[float] = None,
+        q: Tensor, k: Tensor, v: Tensor, sparsity_ratio: float = 0.9, scale: float | None = None,
         block_size: int = 2048, max_tokens: int = 8192, window_size: int = 49, k_cap: int = 1024,
-        q_block_size: int = 1024, *, spatial_shape: Optional[tuple[int, int]] = None, sparse_mode: str = "topk",
-        sparsemax_pad_value: Optional[float] = None) -> Tensor:
+        q_block_size: int = 1024, *, spatial_shape: tuple[int, int] | None = None, sparse_mode: str = "topk",
+        sparsemax_pad_value: float | None = None) -> Tensor:
     """Attention of q (B*h, N, D) to a few keys k (B*h, N, D), v (B*h, N, Dv): (B*h, N, Dv). Never N x N in memory.
 
     "topk": softmax over the K = max(1, ceil((1 - ratio) N)) best keys of every query, at most `k_cap`, ties kept. Exact
@@ -315,9 +312,9 @@ def sparse_attention_topk_streaming(
     Raises ValueError for bad values, and when windows are needed and `spatial_shape` is not given.
     """
     local = sparse_mode in ("local", "sparsemax") or (sparse_mode == "topk" and k.shape[1] > max_tokens)
-    sizes = dict(block_size=block_size, max_tokens=max_tokens, window_size=window_size, k_cap=k_cap,
-                 q_block_size=q_block_size)
-    _check_attention(q, k, v, sparsity_ratio, sizes, window_size, sparse_mode, local, spatial_shape)
+    _check_attention(q, k, v, sparsity_ratio, sparse_mode, spatial_shape if local else (), dict(
+        block_size=block_size, max_tokens=max_tokens, k_cap=k_cap, q_block_size=q_block_size))
+    side = _odd_side(window_size, "window_size")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):  # scores of half precision would move the threshold
@@ -326,7 +323,7 @@ def sparse_attention_topk_streaming(
             run = _local_forward if torch.compiler.is_exporting() else _local_op
             pad_value = math.nan if sparsemax_pad_value is None else sparsemax_pad_value
             q, k, v = (x.unflatten(1, spatial_shape) for x in (q, k, v))
-            out = run(q, k, v, math.isqrt(window_size), scale, pad_value, sparse_mode == "sparsemax")[0].flatten(1, 2)
+            out = run(q, k, v, side, scale, pad_value, sparse_mode == "sparsemax")[0].flatten(1, 2)
         elif sparsity_ratio == 0.0:
             out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
         elif sparse_mode == "block":
@@ -339,12 +336,11 @@ def sparse_attention_topk_streaming(
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
-
 SIZES = {
-    "tiny": {"base_dim": 48, "depths": (2, 2, 2), "heads": (1, 2, 4), "mlp_ratios": (2.0, 2.0, 2.0)},
-    "small": {"base_dim": 64, "depths": (2, 3, 3), "heads": (2, 2, 4), "mlp_ratios": (2.0, 2.0, 2.0)},
-    "base": {"base_dim": 96, "depths": (3, 4, 6), "heads": (2, 4, 6), "mlp_ratios": (2.0, 2.0, 2.0)},
-    "large": {"base_dim": 144, "depths": (3, 6, 8), "heads": (3, 4, 8), "mlp_ratios": (2.0, 2.0, 2.0)},
+    "tiny": {"base_dim": 48, "depths": (2, 2, 2), "heads": (1, 2, 4)},
+    "small": {"base_dim": 64, "depths": (2, 3, 3), "heads": (2, 2, 4)},
+    "base": {"base_dim": 96, "depths": (3, 4, 6), "heads": (2, 4, 6)},
+    "large": {"base_dim": 144, "depths": (3, 6, 8), "heads": (3, 4, 8)},
 }
 LEVEL_WIDTHS = (1.0, 1.75, 2.75, 3.5)    # of base_dim, at 1/2, 1/4, 1/8 and 1/16 of the resolution
 PIXEL_DIM = 48                           # width of the full-resolution network
@@ -355,7 +351,6 @@ DARK = 0.01                              # added to the intensity, the floor of 
 @dataclass
 class SHARPv32Config:
     """Settings of SHARP. Tuples hold one entry a level, from fine to coarse."""
-
     in_channels: int = opt(3, "channels of the image", group="model")
     out_channels: int = opt(31, "bands of the cube", group="model")
     base_dim: int = opt(48, "channels at half resolution", group="model")
@@ -365,8 +360,7 @@ class SHARPv32Config:
     drop_path_rate: float = opt(0.0, "chance to drop a branch of the last block, rising to it", group="model")
     use_checkpoint: bool = opt(False, "recompute blocks in the backward to save memory", group="model")
     min_input_size: int = opt(64, "smallest height and width, pixels", group="model")
-    sparse_mode: Literal["topk", "block", "sparsemax", "local"] = opt(
-        "topk", "attention of the coarsest level", group="sparse attention", choices=SPARSE_MODES)
+    sparse_mode: str = opt("topk", "attention of the coarsest level", group="sparse attention", choices=SPARSE_MODES)
     sparse_sparsity_ratio: float = opt(0.9, "share of keys that a query ignores", group="sparse attention")
     sparse_block_size: int = opt(2048, "keys in a product", group="sparse attention")
     sparse_q_block_size: int = opt(1024, "queries in a tile", group="sparse attention")
@@ -374,14 +368,12 @@ class SHARPv32Config:
     sparse_window_size: int = opt(49, "tokens in a local window, an odd square", group="sparse attention")
     sparse_k_cap: int = opt(1024, "most keys that a query keeps", group="sparse attention")
     rbf_centers_per_head: int = opt(32, "RBF features of queries and keys", group="sparse attention")
-    key_rbf_mode: Literal["linear", "mean", "none"] = opt(
-        "linear", "keys: RBF features mixed, RBF features averaged (same keys for all queries), or no RBF",
-        group="sparse attention", choices=("linear", "mean", "none"))
-    sparsemax_pad_value: Optional[float] = opt(
-        None, "sparsemax score outside the frame; none masks", group="sparse attention")
+    key_rbf_mode: str = opt("linear", "keys: RBF features mixed, averaged (all queries pick the same keys), or no RBF",
+                            group="sparse attention", choices=KEY_RBF_MODES)
+    sparsemax_pad_value: float | None = opt(None, "sparsemax score off the frame; none masks", group="sparse attention")
     non_negative: bool = opt(True, "clamp the cube at 0, gradients pass", group="model")
     basis_weight: float = opt(0.01, "weight of the loss that keeps spectra smooth, orthonormal", group="model")
-    compile_mode: Optional[str] = opt(None, "torch.compile mode of the step engine; none is eager", group="model")
+    compile_mode: str | None = opt(None, "torch.compile mode of the step engine; none is eager", group="model")
     ema_update_every: int = opt(1, "steps between updates of the averaged weights", group="model")
 
     def __post_init__(self):
@@ -393,28 +385,25 @@ class SHARPv32Config:
             if type(field.default) is int and (value < 1 or value != int(value)):
                 raise ValueError(f"{field.name} must be a positive integer, not {value}")
         levels = len(self.depths)
-        if not 2 <= levels <= len(LEVEL_WIDTHS) or {len(self.heads), len(self.mlp_ratios)} != {levels} \
-                or min(*self.depths, *self.heads) < 1 or min(self.mlp_ratios) <= 0:
-            raise ValueError(f"depths {self.depths}, heads {self.heads}, mlp_ratios {self.mlp_ratios}: need one positive "
-                             f"value for each of 2 to {len(LEVEL_WIDTHS)} levels")
+        lengths, least = {levels, len(self.heads), len(self.mlp_ratios)}, min(*self.depths, *self.heads, *self.mlp_ratios)
+        if not 2 <= levels <= len(LEVEL_WIDTHS) or len(lengths) > 1 or least <= 0:
+            raise ValueError(f"depths, heads, mlp_ratios: need one positive value for each of 2 to {len(LEVEL_WIDTHS)} levels")
         if not (0 <= self.drop_path_rate < 1 and 0 <= self.sparse_sparsity_ratio < 1):
             raise ValueError("drop_path_rate and sparse_sparsity_ratio must be in [0, 1)")
-        if math.isqrt(self.sparse_window_size) ** 2 != self.sparse_window_size or self.sparse_window_size % 2 == 0:
-            raise ValueError(f"sparse_window_size must be an odd square (9, 25, 49), not {self.sparse_window_size}")
+        _odd_side(self.sparse_window_size, "sparse_window_size")
 
     @property
     def dims(self) -> list[int]:
         """Channels of each level, a multiple of 8 for each head of the two branches."""
-        return [max(1, round(self.base_dim * w / (8 * h))) * 8 * h for w, h in zip(LEVEL_WIDTHS, self.heads)]
+        return [max(1, round(self.base_dim * width / (8 * heads))) * 8 * heads
+                for width, heads in zip(LEVEL_WIDTHS, self.heads, strict=False)]
 
 
 # ---- layers; inside the model images are (B, H, W, C) --------------------------------------------------------------
-
 class ChannelRMSNorm(nn.Module):
     """Each pixel's channels over their root mean square, times a weight: (B, C, H, W), or channels elsewhere.
 
     Nothing is cached for evaluation, so nothing goes stale: the fused norm takes 1.2 x the time of a plain copy."""
-
     def __init__(self, dim: int, channel_dim: int = 1, eps: float = 1e-6):
         super().__init__()
         self.channel_dim, self.eps = channel_dim, eps
@@ -425,8 +414,10 @@ class ChannelRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).movedim(-1, self.channel_dim)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+class PixelConv(nn.Conv2d):
+    """A convolution of (B, H, W, C)."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _shrink(x: Tensor) -> Tensor:
@@ -443,43 +434,41 @@ def _grow(x: Tensor, height: int, width: int) -> Tensor:
 
 class RBFProjection(nn.Module):
     """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys, about 0.14 each at the start."""
-
     def __init__(self, heads: int, width: int, centers: int, key_mode: str):
         super().__init__()
-        self.key_mode = key_mode
+        self.key_mode, self.size = key_mode, centers
         self.centers = nn.Parameter(torch.randn(heads, width, centers))
         self.log_gamma = nn.Parameter(torch.full((heads, 1, 1), -math.log(width)))
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 8.0))
         if key_mode == "linear":
             self.mix = nn.Parameter(torch.eye(centers) + 0.02 * torch.randn(heads, centers, centers))
         elif key_mode == "none":
-            self.mix = nn.Parameter(torch.randn(heads, width, centers) / width)
+            self.mix = nn.Parameter(torch.randn(heads, width, centers) / math.sqrt(width))
 
     def features(self, x: Tensor) -> Tensor:
         distance = x.shape[-1] + self.centers.square().sum(1, keepdim=True) - 2 * x @ self.centers
         return torch.exp(-distance.clamp_min(0) * self.log_gamma.exp())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, N, D) each -> features (B, h, N, centers) whose plain product is the score."""
+        """(B, h, N, D) each -> features (B, h, N, centers) whose plain product is the score. Features are centred and
+        normalised over the centres, or keys that lie near many centres would win every query."""
         q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) for x in (q, k))
-        q = self.features(q) * self.temperature
-        if self.key_mode == "none":
-            return q, k @ self.mix
-        k = self.features(k)
-        return q, k @ self.mix if self.key_mode == "linear" else k.mean(-1, keepdim=True).expand_as(k)
+        if self.key_mode == "mean":
+            q, k = self.features(q) * self.temperature, self.features(k)
+            return q, k.mean(-1, keepdim=True).expand_as(k)
+        k = k if self.key_mode == "none" else F.layer_norm(self.features(k), (self.size,))
+        return F.layer_norm(self.features(q), (self.size,)) * (self.temperature / self.size), k @ self.mix
 
 
 class SpatialAttention(nn.Module):
     """Sparse attention between the tokens of two images: q, k (B, H, W, h * D), v (B, H, W, h * Dv)."""
-
     def __init__(self, config: SHARPv32Config, heads: int, width: int, mode: str):
         super().__init__()
         self.heads = heads
         self.rbf = RBFProjection(heads, width, config.rbf_centers_per_head, config.key_rbf_mode)
-        self.settings = dict(
-            sparsity_ratio=config.sparse_sparsity_ratio, block_size=config.sparse_block_size, sparse_mode=mode,
-            max_tokens=config.sparse_max_tokens, window_size=config.sparse_window_size, k_cap=config.sparse_k_cap,
-            q_block_size=config.sparse_q_block_size, sparsemax_pad_value=config.sparsemax_pad_value)
+        names = ("sparsity_ratio", "block_size", "max_tokens", "window_size", "k_cap", "q_block_size")
+        self.settings = {name: getattr(config, f"sparse_{name}") for name in names}
+        self.settings |= {"sparse_mode": mode, "sparsemax_pad_value": config.sparsemax_pad_value}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = tuple(q.shape[1:3])
@@ -493,7 +482,6 @@ class SpatialAttention(nn.Module):
 
 class SpectralAttention(nn.Module):
     """Attention between a head's channels, over all pixels: every pixel sees the frame, in linear time."""
-
     def __init__(self, heads: int):
         super().__init__()
         self.heads = heads
@@ -511,7 +499,6 @@ class SpectralAttention(nn.Module):
 
 class MultiScaleAttention(nn.Module):
     """One projection, two branches: half of the channels attend in space, half are mixed by what the frame holds."""
-
     def __init__(self, config: SHARPv32Config, dim: int, heads: int, mode: str):
         super().__init__()
         self.to_qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
@@ -525,26 +512,24 @@ class MultiScaleAttention(nn.Module):
 
 class Block(nn.Module):
     """Attention and an MLP with a 3 x 3 depthwise convolution, both pre-norm with a layer scale."""
-
     def __init__(self, config: SHARPv32Config, dim: int, heads: int, ratio: float, mode: str, drop: float):
         super().__init__()
         hidden = int(dim * ratio)
         self.norm1, self.norm2 = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1)
         self.attention = MultiScaleAttention(config, dim, heads, mode)
         self.expand, self.shrink = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.depthwise = PixelConv(hidden, hidden, 3, padding=1, groups=hidden)
         self.scale1, self.scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.drop_path = DropPath(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x)))
-        hidden = F.gelu(_convolve(self.depthwise, self.expand(self.norm2(x))))
+        hidden = F.gelu(self.depthwise(self.expand(self.norm2(x))))
         return x + self.drop_path(self.scale2 * self.shrink(hidden))
 
 
 class GatedCrossFusion(nn.Module):
     """A decoder level takes its skip: as it is, and, gated, by attention of each token to the window around it."""
-
     def __init__(self, config: SHARPv32Config, dim: int, heads: int):
         super().__init__()
         self.norm, self.norm_skip = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1)
@@ -560,7 +545,6 @@ class GatedCrossFusion(nn.Module):
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
-
 def smooth_basis(bands: int, rank: int) -> Tensor:
     """The smoothest orthonormal spectra (bands, rank): the first cosines of the DCT."""
     angle = math.pi * (torch.arange(bands, dtype=torch.float64)[:, None] + 0.5) * torch.arange(rank) / bands
@@ -570,13 +554,12 @@ def smooth_basis(bands: int, rank: int) -> Tensor:
 class SHARPv32(nn.Module):
     """cube = linear(rgb) + intensity * spectra: a U-net at 1/2 to 1/8 of the resolution steers a small network on the
     full-resolution pixels, which mixes smooth spectra. The residual scales with the pixel, as relative error does."""
-
     def __init__(self, config: SHARPv32Config):
         super().__init__()
         self.config, dims, levels = config, config.dims, len(config.depths)
         colours = 2 * config.in_channels + 1
         depths = [*config.depths, *(max(1, d - 1) for d in config.depths[-2::-1])]
-        rates = iter(torch.linspace(0, config.drop_path_rate, sum(depths)).tolist())
+        rates = (config.drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
 
         def stage(level: int, depth: int) -> nn.ModuleList:
             mode = config.sparse_mode if level == levels - 1 else "local"
@@ -586,12 +569,12 @@ class SHARPv32(nn.Module):
         self.direct = nn.Linear(config.in_channels, config.out_channels)
         self.stem = nn.Linear(4 * colours, dims[0])
         self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
-        self.down = nn.ModuleList(nn.Linear(4 * a, b) for a, b in zip(dims, dims[1:]))
-        self.up = nn.ModuleList(nn.Linear(b, 4 * a) for a, b in zip(dims, dims[1:]))
+        self.down = nn.ModuleList(nn.Linear(4 * a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.up = nn.ModuleList(nn.Linear(b, 4 * a) for a, b in zip(dims, dims[1:], strict=False))
         self.fuse = nn.ModuleList(GatedCrossFusion(config, dims[i], config.heads[i]) for i in range(levels - 1))
         self.decoder = nn.ModuleList([stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1)][::-1])
         self.guide = nn.Sequential(ChannelRMSNorm(dims[0], -1), nn.Linear(dims[0], 4 * PIXEL_DIM))
-        self.pixel_in = nn.Conv2d(colours, PIXEL_DIM, 3, padding=1)
+        self.pixel_in = PixelConv(colours, PIXEL_DIM, 3, padding=1)
         self.pixel_mix = nn.Linear(PIXEL_DIM, PIXEL_DIM)
         self.coefficients = nn.Linear(PIXEL_DIM, min(config.out_channels, BASIS_RANK))
         nn.init.normal_(self.coefficients.weight, std=2e-3)       # starts near the linear path, yet with gradients
@@ -609,7 +592,7 @@ class SHARPv32(nn.Module):
         intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
         limit = 2.0 * config.in_channels                # chromaticity of light is below in_channels
         colour = torch.cat([x, (x / intensity).clamp(-limit, limit), 0.3 * intensity.log() + 0.5], -1)
-        pixels = F.gelu(_convolve(self.pixel_in, colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
+        pixels = F.gelu(self.pixel_in(colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
             head = self.basis @ self.coefficients.weight, self.basis @ self.coefficients.bias
@@ -646,7 +629,7 @@ class SHARPv32(nn.Module):
 
     @torch.no_grad()
     def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:
-        """Set the direct path to the linear map of least relative error from rgb (B, in, h, w) to cube (B, out, h, w)."""
+        """Set the direct path to the linear map of least relative error: rgb (B, in, h, w), cube (B, out, h, w)."""
         weight, bias = fit_linear_spectral_path(rgb, cube)
         self.direct.weight.copy_(weight)
         self.direct.bias.copy_(bias)
@@ -670,25 +653,20 @@ def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
 
 
 # ---- step engine ---------------------------------------------------------------------------------------------------
-
 class SHARPv32Trainer:
     """Optimizer steps for a model: mixed precision, clipping, accumulation, averaged weights. A script drives it.
 
     `model` is a SHARPv32, plain or in DistributedDataParallel; `loss_fn(prediction, target)` gets float32.
     `optimizer` and `scaler` are open to schedules; `average.module` holds the averaged weights (None without)."""
-
     def __init__(self, model: nn.Module, loss_fn, *, lr: float = 4e-4, weight_decay: float = 1e-4,
-                 optimizer: str = "adamw", amp_dtype: Optional[torch.dtype] = None, grad_clip: float = 1.0,
-                 ema_decay: float = 0.999, ema_update_every: Optional[int] = None, max_bad_steps: int = 20):
+                 optimizer: type = torch.optim.AdamW, amp_dtype: torch.dtype | None = None, grad_clip: float = 1.0,
+                 ema_decay: float = 0.999, ema_update_every: int | None = None, max_bad_steps: int = 20):
         self.wrapped, self.loss_fn, self.grad_clip, self.amp_dtype = model, loss_fn, grad_clip, amp_dtype
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.ema_decay, self.max_bad_steps, self.steps, self.bad_steps = ema_decay, max_bad_steps, 0, 0
         self.ema_update_every = ema_update_every or self.model.config.ema_update_every
-        if optimizer not in ("adamw", "adam"):
-            raise ValueError(f"optimizer must be adamw or adam, not {optimizer!r}")
-        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
         self.device = next(model.parameters()).device
-        self.optimizer = kind(self._groups(weight_decay), lr=lr, betas=(0.9, 0.999))
+        self.optimizer = optimizer(self._groups(weight_decay), lr=lr, betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.average = AveragedModel(self.model, avg_fn=self._average) if ema_decay > 0 else None
         if self.model.config.compile_mode:
@@ -717,6 +695,7 @@ class SHARPv32Trainer:
                 with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                     cube = self.wrapped(rgb)
                 loss = (self.loss_fn(cube.float(), target) + self.model.auxiliary_loss()) * (len(rgb) / count)
+                loss = loss * (1 + 0 * loss.detach())   # a loss of NaN has gradients of NaN, on every rank
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)

@@ -171,7 +171,7 @@ def cases(args: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mst-root", help="checkout of the MST++ toolbox")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--batches", type=int, default=60, help="timed batches a case")

@@ -125,7 +125,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = common.CliParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.CliParser(description=__doc__)
     parser.add_argument("--mst-root", type=Path, help="a checkout of MST++; without it MST++ is not measured")
     parser.add_argument("--models", nargs="+", default=["hsifusion", "sharp"], choices=["hsifusion", "sharp"])
     parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=["tiny", "small", "base", "large"])

@@ -55,7 +55,7 @@ def score_linear(staged: Path, relative: bool) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything; made anew")
     output = parser.parse_args().output
     start = time.monotonic()

@@ -118,7 +118,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = common.CliParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.CliParser(description=__doc__)
     parser.add_argument("--data_root", required=True, help="raw ARAD-1K or staged folder")
     parser.add_argument("--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run")
     parser.add_argument("--models", nargs="+", default=[RIVAL, "hsifusion", "sharp"], choices=[RIVAL, "hsifusion", "sharp"])

@@ -169,12 +169,28 @@ def test_unknown_flags_and_values_are_one_line(argv, capsys):
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("settings", [{"rank": 1, "no": 2}, {"mode": "c"}, {"rate": "fast"}, {"depths": "no"}, {"use_amp": 1}, []])
-def test_bad_config_files_name_the_file_and_the_key(settings, tmp_path):
+@pytest.mark.parametrize("settings", [{"rank": 1, "no": 2}, []])
+def test_unknown_settings_in_a_config_file_name_the_file_and_the_key(settings, tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="c.json"):
+    with pytest.raises(UserError, match="c.json: unknown settings: (no, rank|a list)"):
         parse("--config", str(path))
+
+
+@pytest.mark.parametrize("settings", [{"mode": "c"}, {"rate": "fast"}, {"depths": "no"}])
+def test_bad_values_in_a_config_file_are_refused_like_flags(settings, tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        parse("--config", str(path))
+    assert next(iter(settings)) in capsys.readouterr().err
+
+
+def test_config_files_set_values_of_every_kind(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"use_amp": False, "depths": [3], "rate": 2, "compile_model": None, "mode": "b"}))
+    found = parse("--config", str(path), "--mode", "a")
+    assert (found.use_amp, list(found.depths), found.rate, found.compile_model, found.mode) == (False, [3], 2.0, None, "a")
 
 
 def test_help_shows_percent_signs_and_defaults(capsys):

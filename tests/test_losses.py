@@ -45,9 +45,10 @@ def test_gradient_is_finite_where_the_target_is_zero():
 def test_is_float32_under_autocast_and_for_half_predictions(dtype):
     pred, target = pair()
     target[:, :, 1] = 1e-5  # below the least normal float16; with floor 1e-6 its reciprocal overflows float16
-    exact = MSTPlusPlusLoss(1e-6)(pred.to(dtype).float(), target)
+    pred, target = pred.to(dtype), target.to(dtype)
+    exact = MSTPlusPlusLoss(1e-6)(pred.float(), target.float())
     with torch.autocast("cpu", dtype=dtype):
-        loss = MSTPlusPlusLoss(1e-6)(pred.to(dtype), target)
+        loss = MSTPlusPlusLoss(1e-6)(pred, target)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
