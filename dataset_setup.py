@@ -45,11 +45,10 @@ from common_utils_v32 import UserError, atomic_write, write_json
 WAVELENGTHS = np.arange(400.0, 701.0, 10.0)
 PIGMENTS = {  # absorption as lobes (height, peak nm, width below, width above) near the bands known for each pigment
     "chlorophyll": [(1, 435, 40, 18), (0.75, 470, 20, 16), (0.3, 600, 50, 25), (0.45, 648, 16, 14), (1, 677, 13, 11)],
-    "carotenoid": [(0.7, 425, 40, 15), (1, 450, 16, 15), (0.85, 480, 15, 14)],
+    "carotenoid": [(0.7, 425, 40, 15), (1, 450, 16, 15), (0.85, 480, 15, 14)], "melanin": [(1, 350, 60, 130)],
     "anthocyanin": [(1, 535, 40, 30), (0.35, 420, 40, 40)], "delphinidin": [(1, 590, 45, 32), (0.25, 410, 30, 30)],
-    "melanin": [(1, 350, 60, 130)], "tannin": [(1, 360, 60, 90)],
     "haematite": [(1, 480, 120, 50), (0.25, 640, 40, 60)], "goethite": [(1, 430, 60, 45), (0.15, 650, 40, 60)],
-    "azo": [(1, 430, 50, 32)], "cadmium orange": [(1, 470, 120, 45)], "cadmium red": [(1, 510, 140, 40)],
+    "tannin": [(1, 360, 60, 90)], "azo": [(1, 430, 50, 32)], "cadmium orange": [(1, 470, 120, 45)], "cadmium red": [(1, 510, 140, 40)],
     "quinacridone": [(0.8, 525, 35, 14), (1, 560, 14, 14)], "phthalo blue": [(1, 615, 35, 25), (0.9, 680, 22, 40)],
     "phthalo green": [(1, 645, 45, 45), (0.5, 430, 40, 25)], "indigo": [(1, 650, 60, 40)], "smalt": [(1, 600, 45, 45)],
 }
@@ -67,7 +66,9 @@ FAMILIES = {
 }
 # the share of each family among a scene's materials
 OUTDOOR, INDOOR = (0.28, 0.12, 0.13, 0.20, 0.09, 0.08, 0.10), (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
-MATERIALS, FRESNEL = 24, 0.012  # materials in a scene; reflection at the surface, so that nothing is quite black
+MATERIALS = 48  # in a scene
+FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
+EXPOSURE = 1.4  # gain of the camera signal at which the mean over scenes is about 0.18 of full scale
 
 
 def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
@@ -126,8 +127,7 @@ def _superellipse(shape: tuple[int, int], y: float, x: float, radius: float, for
     """The part of the frame an object may cover: slices, image axes x and y, own axes u and v, distance (edge at 1)."""
     aspect, angle, power = form
     reach = radius * max(aspect, 1 / aspect) * 1.42 + 1
-    rows, cols = (slice(max(int(c - reach), 0), max(min(int(c + reach) + 2, side), 0))
-                  for c, side in zip((y, x), shape, strict=True))
+    rows, cols = (slice(max(int(c - reach), 0), max(min(int(c + reach) + 2, n), 0)) for c, n in ((y, shape[0]), (x, shape[1])))
     dy, dx = (axis.astype(np.float32) - c for axis, c in zip(np.ogrid[rows, cols], (y, x), strict=True))
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
@@ -209,7 +209,7 @@ def make_synthetic(args: argparse.Namespace) -> None:
     """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two test images."""
     root, n, (h, w) = Path(args.output_root), args.synthetic, args.size
     settings = {"format": "hsi-synthetic", "scenes": n, "size": [h, w], "seed": args.seed, "camera": args.camera,
-                "exposure": None if args.exposure == "auto" else args.exposure or 1.4}
+                "exposure": None if args.exposure == "auto" else args.exposure or EXPOSURE}
     if n < 2 or min(h, w) < (least := max(64, args.patch_size)):
         raise UserError(f"--synthetic {n} --size {h}x{w}: give 2 or more scenes, of {least} (--patch-size) or more pixels")
     common.camera_response(args.camera, WAVELENGTHS)  # complain about the camera before anything is written
@@ -246,14 +246,15 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
         splits = {"train": [data.Scene(name, cubes[name], by_stem.get(name.lower())) for name in sorted(cubes)]}
     if listed and args.val_fraction is not None:
         raise UserError(f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; leave it out")
+    if (args.val_fraction or 0) > 1:
+        raise UserError(f"--val-fraction {args.val_fraction:g}: give a share from 0 to 1")
     if not listed:
         scenes, share = splits["train"], 0.1 if args.val_fraction is None else args.val_fraction
-        count = max(min(max(round(share * len(scenes)), int(share > 0)), len(scenes) - 1), 0)
+        count = int(np.clip(round(share * len(scenes)), share > 0, max(len(scenes) - 1, 0)))  # at least one of each
         drawn = set(np.random.default_rng(args.split_seed).permutation(len(scenes))[:count].tolist())
-        splits["val"] = [scene for i, scene in enumerate(scenes) if i in drawn]
-        splits["train"] = [scene for i, scene in enumerate(scenes) if i not in drawn]
+        splits |= {split: [s for i, s in enumerate(scenes) if (i in drawn) == (split == "val")] for split in ("train", "val")}
     jobs = [(split, scene) for split in ("train", "val", "test") for scene in splits.get(split, ())]
-    if not jobs or jobs[0][1].cube_path is None:
+    if not jobs or jobs[0][0] == "test":
         raise UserError(f"{root}: no scenes in it; see dataset_setup.py --help for the layouts that are known")
     return jobs
 
@@ -264,16 +265,16 @@ def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, data.Scene]
              "val_fraction", "split_seed")
     settings = {name: getattr(args, name) for name in names}
     settings["exposure"] = None if args.exposure in (None, "auto") else args.exposure
-    errors = []
-    for path, rgb_path in ((scene.cube_path, scene.rgb_path) for _, scene in jobs if scene.cube_path):
+    cubes = [scene for _, scene in jobs if scene.cube_path]
+    for scene in cubes:  # verify goes on to the next one when the first cannot be read
+        path = scene.cube_path
         try:
-            shape = data.read_rgb(rgb_path).shape if rgb_path else None
+            shape = data.read_rgb(scene.rgb_path).shape if scene.rgb_path else None
             bands = data.read_cube(path, key=args.cube_key, axes=args.axes, rgb_shape=shape).shape[2]
             break
-        except UserError as error:
-            errors.append(error)
-    else:
-        raise errors[0]
+        except UserError:
+            if not args.verify_only or scene == cubes[-1]:
+                raise
     nm = data.read_wavelengths(path)
     if args.wavelengths or (nm is None and bands == 31):
         nm = np.linspace(*(args.wavelengths or (400.0, 700.0)), bands).tolist()
@@ -317,7 +318,9 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
     """Results of work(job) as they come, from parallel processes, with a progress bar; the first error ends it."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ignore_interrupt = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(min(workers, max(len(jobs), 1)), mp_context=context, **ignore_interrupt) as pool:
+    if not jobs:
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, **ignore_interrupt) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=what, unit="scene"):
@@ -329,20 +332,16 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
 
 
 def claim(root: Path, path: Path, settings: dict, needed: int) -> None:
-    """Take the output folder, which may be new, empty, or begun with the same settings, if `needed` bytes fit on its disk;
-    the file `path` then holds the settings."""
+    """Take the output folder if it is new, empty, or was begun with these settings (kept in `path`), and `needed` bytes fit."""
     old = json.loads(path.read_text()) if path.exists() else settings
-    for name, value in settings.items():
-        if old.get(name) != value:
-            raise UserError(f"{root}: was made with {name} {old.get(name)}, not {value}; remove the folder or give another "
-                            "--output-root")
+    for name in (name for name, value in settings.items() if old.get(name) != value):
+        raise UserError(f"{root}: made with {name} {old.get(name)}, not {settings[name]}; remove it or give another --output-root")
     if not path.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: exists and holds other things; give a new or empty folder as --output-root")
     free = shutil.disk_usage(next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())).free
     print(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", flush=True)
     if needed + 1e7 > free:  # 10 MB for index and pictures
-        raise UserError(f"{root}: {needed / 1e9:.2f} GB to write do not fit into the {free / 1e9:.2f} GB free; make room or "
-                        "give another --output-root")
+        raise UserError(f"{root}: {needed / 1e9:.2f} GB do not fit in {free / 1e9:.2f} GB; make room or change --output-root")
     write_json(path, settings)
 
 
@@ -358,8 +357,8 @@ def _source(scene: data.Scene) -> list:
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in (scene.cube_path, scene.rgb_path) if p]
 
 
-def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> tuple[str, dict]:
-    """Write one scene's .npy files and, last, its record, which becomes its entry in index.json."""
+def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> None:
+    """Write one scene's .npy files and, last, its record `<scene>.json`, which becomes its entry in index.json."""
     split, scene = job
     cube, rgb = load_scene(scene, settings)
     entry = {"name": scene.name, "shape": list(rgb.shape[:2]), "rgb": f"{split}/{scene.name}.rgb.npy",
@@ -375,8 +374,7 @@ def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> tupl
                   "grid": [len(rows), len(cols)], "patches": len(rows) * len(cols)}
         entry["cube_sha256"] = _save(root / entry["cube"], np.ascontiguousarray(cube, dtype))
     entry["rgb_sha256"] = _save(root / entry["rgb"], rgb)
-    write_json(root / ".staging" / f"{split}.{scene.name}.json", entry)
-    return split, json.loads(common.to_json(entry))
+    write_json(root / split / f"{scene.name}.json", entry)
 
 
 def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> dict:
@@ -429,15 +427,11 @@ def _bytes_needed(job: tuple[str, data.Scene], settings: dict) -> int:
     return h * w * (3 + settings["bands"] * (2 if split == "train" and settings["dtype"] == "float16" else 4))
 
 
-def _staged_before(root: Path) -> dict[tuple[str, str], dict]:
-    """Entries by (split, scene) that an earlier run left in the index or, when it was stopped, in .staging."""
-    index = root / "index.json"
-    splits = json.loads(index.read_text())["splits"] if index.exists() else {}
-    done = {(split, entry["name"]): entry for split, entries in splits.items() for entry in entries}
-    for path in (root / ".staging").glob("*.json"):
-        entry = json.loads(path.read_text())
-        done[path.name.split(".")[0], entry["name"]] = entry
-    return {key: e for key, e in done.items() if all((root / e[kind]).exists() for kind in ("cube", "rgb") if kind in e)}
+def _is_done(root: Path, split: str, scene: data.Scene) -> bool:
+    """An earlier run wrote this scene, from the same raw files."""
+    path = root / split / f"{scene.name}.json"
+    entry = json.loads(path.read_text()) if path.exists() else {"source": None}
+    return entry["source"] == _source(scene) and all((root / entry[kind]).exists() for kind in ("cube", "rgb") if kind in entry)
 
 
 def stage(args: argparse.Namespace) -> None:
@@ -446,18 +440,16 @@ def stage(args: argparse.Namespace) -> None:
     for _, scene in jobs:
         check_files(scene, args.render_rgb)
     settings = json.loads(common.to_json(resolve_settings(args, jobs)))
-    done = _staged_before(root)
-    left = [job for job in jobs if done.get((job[0], job[1].name), {}).get("source") != _source(job[1])]
-    sizes = list(run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes")) if left else []
+    left = [job for job in jobs if not _is_done(root, *job)]
+    sizes = list(run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes"))
     claim(root, root / "settings.json", settings, sum(sizes))
-    strange = set(done) - {(split, scene.name) for split, scene in jobs}
+    records = {split: [root / split / f"{s.name}.json" for other, s in jobs if other == split] for split in ("train", "val", "test")}
+    strange = {*root.glob("*/*.json")} - {path for paths in records.values() for path in paths}
     if strange:
-        raise UserError(f"{root}: holds {'/'.join(min(strange))}, which the source lacks; give another --output-root")
-    for split, entry in run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging"):
-        done[split, entry["name"]] = entry
-    splits = {split: [done[split, s.name] for other, s in jobs if other == split] for split in ("train", "val", "test")}
+        raise UserError(f"{min(strange)}: a scene that the source lacks; remove {root} or give another --output-root")
+    list(run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging"))
+    splits = {split: [json.loads(path.read_text()) for path in paths] for split, paths in records.items()}
     contact_sheet(root, write_index(root, splits, settings))
-    shutil.rmtree(root / ".staging", ignore_errors=True)
     print(f"{root}: {', '.join(f'{len(v)} {k}' for k, v in splits.items())} scenes ({len(jobs) - len(left)} were there), "
           f"{sum(e['patches'] for e in splits['train'])} training patches, {settings['bands']} bands; "
           f"look at {root / 'contact_sheet.png'}")
@@ -492,10 +484,10 @@ def verify(args: argparse.Namespace) -> int:
     return int(problems > 0)
 
 
-def _number(kind: type, low: float, high: float = np.inf) -> Callable[[str], float]:
+def _at_least(low: float, kind: type = int) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise ValueError
+        if not low <= kind(text) < np.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low:g} or more")
         return kind(text)
     return number
 
@@ -510,23 +502,24 @@ def build_parser() -> common.CliParser:
     add = parser.add_argument
     add("--output-root", metavar="DIR", help="the folder to write")
     add("--verify-only", action="store_true", help="open everything, print a table; exit code 1 with any problem")
-    add("--patch-size", type=_number(int, 1), default=128, help="side of a training patch (128)")
-    add("--stride", type=_number(int, 1), default=8, help="distance of patches (8)")
+    add("--patch-size", type=_at_least(1), default=128, help="side of a training patch (128)")
+    add("--stride", type=_at_least(1), default=8, help="distance of patches (8)")
     add("--patch-grid", choices=("floor", "cover"), default="floor", help="MST++'s grid, or one to the border too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of training cubes; the others are float32")
-    add("--workers", type=_number(int, 1), default=min(8, os.cpu_count() or 1), help="parallel processes")
-    add("--val-fraction", type=_number(float, 0, 1), help="share for validation where there are no lists (0.1)")
-    add("--split-seed", type=_number(int, 0), default=0, help="seed of that draw")
-    add("--scale", type=_number(float, 1e-12), default=1.0, help="the stored value that means 1")
+    add("--workers", type=_at_least(1), default=min(8, os.cpu_count() or 1), help="parallel processes")
+    add("--val-fraction", type=_at_least(0, float), help="share for validation where there are no lists (0.1)")
+    add("--split-seed", type=_at_least(0), default=0, help="seed of that draw")
+    add("--scale", type=_at_least(1e-12, float), default=1.0, help="the stored value that means 1")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
-    add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help="nm, where the files lack them")
+    add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help="nm, where the files do not say")
     add("--render-rgb", nargs="?", const="missing", choices=("missing", "all"), help="render the missing images, or all")
     add("--camera", default="analytic", help="analytic, analytic2, cie1964, or a CSV file with rows nm,r,g,b")
-    add("--exposure", type=lambda text: text if text == "auto" else _number(float, 1e-9)(text),
-        help="a gain, 1: white is full scale (default of --synthetic), or auto: mean 0.18 (default of --render-rgb)")
-    add("--seed", type=_number(int, 0), default=0, help="seed of scenes and camera noise")
-    add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default=(256, 256), metavar="HxW", help="of synthetic scenes (256x256)")
+    add("--exposure", type=lambda text: text if text == "auto" else _at_least(1e-9, float)(text),
+        help=f"gain of the linear camera signal (default of --synthetic: {EXPOSURE}), or auto: mean 0.18 (of --render-rgb)")
+    add("--seed", type=_at_least(0), default=0, help="seed of scenes and camera noise")
+    add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default=(256, 256), metavar="HxW",
+        help="of synthetic scenes (256x256)")
     return parser
 
 

@@ -4,7 +4,6 @@
     model.fit_spectral_path(rgb, cube)        # start at the best linear map from RGB to the bands
     cube = model(rgb)                         # (B, 3, H, W) -> (B, 31, H, W), any H and W from 64 up
 
-From top to bottom: sparse attention (exact top-k, key blocks, local windows), layers, model, step engine.
 Shapes: B batch, h heads, N tokens, D head width, K keys kept, H W pixels, C channels.
 """
 
@@ -76,15 +75,12 @@ def _score_tiles(q: Tensor, k: Tensor, scale: float, block_size: int, q_block_si
     """Yield (heads, rows, scores): slices of q and the scores (g, r, N) of those queries in a buffer that is reused."""
     (heads, n_q, _), n_k = q.shape, k.shape[1]
     budget = TILE_SCORES.get(q.device.type, 2**24) * (torch.get_num_threads() if q.device.type == "cpu" else 1)
-    whole = n_q <= q_block_size and n_q * n_k <= budget
-    group = max(1, budget // (n_q * n_k)) if whole else 1
-    row_spans = _spans(n_q, n_q if whole else max(1, min(q_block_size, budget // n_k)))
-    buffer = q.new_empty(min(group, heads) * max(b - a for a, b in row_spans) * n_k)
+    group = max(1, budget // (n_q * n_k)) if n_q <= q_block_size else 1           # heads a tile
+    row_spans, buffer = _spans(n_q, max(1, min(q_block_size, budget // n_k))), q.new_empty(0)
     for h in range(0, heads, group):
         hs = slice(h, min(h + group, heads))
         for a, b in row_spans:
-            shape = (hs.stop - h, b - a, n_k)
-            scores = buffer[:math.prod(shape)].view(shape)
+            scores = buffer.resize_(hs.stop - h, b - a, n_k)
             for c, d in _spans(n_k, block_size):
                 torch.bmm(q[hs, a:b], k[hs, c:d].mT, out=scores[..., c:d])
             yield hs, slice(a, b), scores.mul_(scale)
@@ -150,8 +146,8 @@ def sparsemax(scores: Tensor) -> Tensor:
 class _LocalTiles:
     """A tile is TILE x TILE pixels of queries; its keys are those pixels and a border `reach` wide. A step is a few
     tiles in a row. All tensors are images (BH, H, W, D): only a step's strip is padded, never the frame."""
-    def __init__(self, q: Tensor, side: int):
-        self.height, self.width = q.shape[1:3]
+    def __init__(self, q: Tensor, side: int, off_frame: float):
+        (self.height, self.width), self.off_frame = q.shape[1:3], off_frame
         self.reach, self.halo = side // 2, TILE + side - 1
         self.columns = -(-self.width // TILE)
         budget = 2 * TILE_SCORES.get(q.device.type, 2**24)
@@ -160,8 +156,8 @@ class _LocalTiles:
         self.steps = -(-self.height // TILE) * self.across
         offset = torch.arange(self.halo, device=q.device) - torch.arange(TILE, device=q.device)[:, None]
         near = (offset >= 0) & (offset < side)                            # (TILE, halo): in the window, along one axis
-        near = (near[:, None, :, None] & near[None, :, None, :]).reshape(1, 1, TILE * TILE, -1)
-        self.window = q.new_zeros(()).where(near, MASKED)
+        near = near[:, None, :, None] & near[None, :, None, :]
+        self.window = q.new_zeros(()).where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
 
     def _place(self, step: int, reach: int):
         """A step's tile count, the part of the frame that its strip covers, and the padding around that."""
@@ -192,55 +188,42 @@ class _LocalTiles:
         frame += strip[:, top:top + frame.shape[1], left:left + frame.shape[2]]
 
     def inputs(self, step: int, q: Tensor, k: Tensor, v: Tensor):
-        """q, k, v of a step, what the window adds to its scores, and which keys are in the frame (None: all)."""
+        """q, k, v of a step and what its windows and the frame add to the scores. Keys off the frame are zeros."""
         tiles, rows, columns, pad = self._place(step, self.reach)
         q, k, v = self.take(q, step, 0), self.take(k, step, self.reach), self.take(v, step, self.reach)
         if not any(pad):
-            return q, k, v, self.window, None
+            return q, k, v, self.window
         frame = k.new_ones(1, rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool)
         frame = F.pad(frame, pad).unfold(2, self.halo, TILE).transpose(1, 2).reshape(1, tiles, 1, -1)
-        return q, k, v, self.window, frame
+        return q, k, v, self.window.where(frame | (self.window < 0), self.off_frame)
+
+    def weights(self, q: Tensor, k: Tensor, bias: Tensor, scale: float, sparse: bool) -> Tensor:
+        scores = (q @ k.mT).mul_(scale).add_(bias)
+        return sparsemax(scores) if sparse else torch.softmax(scores, -1, out=scores)
 
 
-def _local_weights(q: Tensor, k: Tensor, window: Tensor, frame: Tensor | None, scale: float, pad_value: float,
-                   sparse: bool) -> Tensor:
-    """Softmax, or sparsemax with keys outside the frame masked or at `pad_value` (nan: masked)."""
-    scores = (q @ k.mT).mul_(scale)
-    if not sparse:
-        scores += window if frame is None else window.where(frame, MASKED)
-        return torch.softmax(scores, -1, out=scores)
-    if frame is not None:
-        scores.masked_fill_(~frame, MASKED if math.isnan(pad_value) else pad_value)
-    return sparsemax(scores.masked_fill_(window < 0, MASKED))
-
-
-def _local_forward(q: Tensor, k: Tensor, v: Tensor, side: int, scale: float, pad_value: float,
+def _local_forward(q: Tensor, k: Tensor, v: Tensor, side: int, scale: float, off_frame: float,
                    sparse: bool) -> tuple[Tensor, Tensor]:
-    tiles = _LocalTiles(q, side)
+    tiles = _LocalTiles(q, side, off_frame)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for step in range(tiles.steps):
-        tq, tk, tv, window, frame = tiles.inputs(step, q, k, v)
-        if sparse:
-            result = _local_weights(tq, tk, window, frame, scale, pad_value, sparse) @ tv
-        else:
-            mask = window if frame is None else window.where(frame, MASKED)
-            result = F.scaled_dot_product_attention(tq, tk, tv, attn_mask=mask, scale=scale)
-        tiles.add(out, result, step, 0)
+        tq, tk, tv, bias = tiles.inputs(step, q, k, v)
+        tiles.add(out, tiles.weights(tq, tk, bias, scale, sparse) @ tv if sparse else
+                  F.scaled_dot_product_attention(tq, tk, tv, attn_mask=bias, scale=scale), step, 0)
     return out, q.new_empty(*q.shape[:-1], 1)
 
 
 def _local_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, unused: Tensor, side: int, scale: float,
-                    pad_value: float, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = _LocalTiles(q, side)
+                    off_frame: float, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = _LocalTiles(q, side, off_frame)
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for step in range(tiles.steps):
-        tq, tk, tv, window, frame = tiles.inputs(step, q, k, v)
-        tg, weights = tiles.take(grad, step, 0), _local_weights(tq, tk, window, frame, scale, pad_value, sparse)
+        tq, tk, tv, bias = tiles.inputs(step, q, k, v)
+        tg, weights = tiles.take(grad, step, 0), tiles.weights(tq, tk, bias, scale, sparse)
         ds = tg @ tv.mT
         if sparse:                                      # the Jacobian of sparsemax: centred on the support, 0 elsewhere
             support = (weights > 0).to(ds.dtype)
-            mean = (ds * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)
-            ds = (ds - mean) * (support if frame is None else support * frame)
+            ds.sub_((ds * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)).mul_(support)
         else:
             ds.sub_((tg * tiles.take(out, step, 0)).sum(-1, keepdim=True)).mul_(weights)
         tiles.add(dq, (ds @ tk).mul_(scale), step, 0)
@@ -263,8 +246,8 @@ def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
     blocks = k.shape[1]
     keep = min(keys_to_keep(blocks, ratio), max(1, k_cap // size))
     with torch.no_grad():                               # padded keys are zeros: they leave a sum as it is
-        tail = k.new_tensor([size] * (blocks - 1) + [n_k - size * (blocks - 1)])
-        pooled = (k.sum(2) / tail[:, None]).mT
+        pooled = k.mean(2).mT
+        pooled[..., -1] *= size / (n_k - size * (blocks - 1))
         index = (q.mean(2) @ pooled).topk(keep, sorted=False).indices
         rows = (index + blocks * torch.arange(heads, device=q.device)[:, None, None]).flatten()
         place = index[..., None] * size + torch.arange(size, device=q.device)
@@ -309,21 +292,19 @@ def sparse_attention_topk_streaming(
         with the ratio. Not bound by `max_tokens`; `k_cap` holds.
     "local", and "topk" above `max_tokens`: the `window_size` pixels around each query (49 is 7 x 7) in `spatial_shape`.
     "sparsemax": the same windows with sparsemax; pixels outside the frame are masked, or score `sparsemax_pad_value`.
-    Raises ValueError for bad values, and when windows are needed and `spatial_shape` is not given.
-    """
+    Raises ValueError for bad values, and when windows are needed and `spatial_shape` is not given."""
     local = sparse_mode in ("local", "sparsemax") or (sparse_mode == "topk" and k.shape[1] > max_tokens)
     _check_attention(q, k, v, sparsity_ratio, sparse_mode, spatial_shape if local else (), dict(
         block_size=block_size, max_tokens=max_tokens, k_cap=k_cap, q_block_size=q_block_size))
     side = _odd_side(window_size, "window_size")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    dtype = v.dtype
+    scale, dtype = q.shape[-1] ** -0.5 if scale is None else float(scale), v.dtype
     with torch.autocast(q.device.type, enabled=False):  # scores of half precision would move the threshold
         q, k, v = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (q, k, v))
         if local:
             run = _local_forward if torch.compiler.is_exporting() else _local_op
-            pad_value = math.nan if sparsemax_pad_value is None else sparsemax_pad_value
+            off = MASKED if sparse_mode != "sparsemax" or sparsemax_pad_value is None else sparsemax_pad_value
             q, k, v = (x.unflatten(1, spatial_shape) for x in (q, k, v))
-            out = run(q, k, v, side, scale, pad_value, sparse_mode == "sparsemax")[0].flatten(1, 2)
+            out = run(q, k, v, side, scale, off, sparse_mode == "sparsemax")[0].flatten(1, 2)
         elif sparsity_ratio == 0.0:
             out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
         elif sparse_mode == "block":
@@ -385,9 +366,9 @@ class SHARPv32Config:
             if type(field.default) is int and (value < 1 or value != int(value)):
                 raise ValueError(f"{field.name} must be a positive integer, not {value}")
         levels = len(self.depths)
-        lengths, least = {levels, len(self.heads), len(self.mlp_ratios)}, min(*self.depths, *self.heads, *self.mlp_ratios)
-        if not 2 <= levels <= len(LEVEL_WIDTHS) or len(lengths) > 1 or least <= 0:
-            raise ValueError(f"depths, heads, mlp_ratios: need one positive value for each of 2 to {len(LEVEL_WIDTHS)} levels")
+        same = levels == len(self.heads) == len(self.mlp_ratios)
+        if not (2 <= levels <= len(LEVEL_WIDTHS) and same and min(*self.depths, *self.heads, *self.mlp_ratios) > 0):
+            raise ValueError(f"depths, heads, mlp_ratios: a positive value for each of 2 to {len(LEVEL_WIDTHS)} levels")
         if not (0 <= self.drop_path_rate < 1 and 0 <= self.sparse_sparsity_ratio < 1):
             raise ValueError("drop_path_rate and sparse_sparsity_ratio must be in [0, 1)")
         _odd_side(self.sparse_window_size, "sparse_window_size")
@@ -402,8 +383,7 @@ class SHARPv32Config:
 # ---- layers; inside the model images are (B, H, W, C) --------------------------------------------------------------
 class ChannelRMSNorm(nn.Module):
     """Each pixel's channels over their root mean square, times a weight: (B, C, H, W), or channels elsewhere.
-
-    Nothing is cached for evaluation, so nothing goes stale: the fused norm takes 1.2 x the time of a plain copy."""
+    Nothing is cached for evaluation, so nothing goes stale: the fused norm takes no longer than writing its output."""
     def __init__(self, dim: int, channel_dim: int = 1, eps: float = 1e-6):
         super().__init__()
         self.channel_dim, self.eps = channel_dim, eps
@@ -440,10 +420,9 @@ class RBFProjection(nn.Module):
         self.centers = nn.Parameter(torch.randn(heads, width, centers))
         self.log_gamma = nn.Parameter(torch.full((heads, 1, 1), -math.log(width)))
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 8.0))
-        if key_mode == "linear":
-            self.mix = nn.Parameter(torch.eye(centers) + 0.02 * torch.randn(heads, centers, centers))
-        elif key_mode == "none":
-            self.mix = nn.Parameter(torch.randn(heads, width, centers) / math.sqrt(width))
+        if key_mode != "mean":
+            start = torch.eye(centers) if key_mode == "linear" else torch.randn(width, centers) / math.sqrt(width)
+            self.mix = nn.Parameter(start.repeat(heads, 1, 1))
 
     def features(self, x: Tensor) -> Tensor:
         distance = x.shape[-1] + self.centers.square().sum(1, keepdim=True) - 2 * x @ self.centers
@@ -467,8 +446,8 @@ class SpatialAttention(nn.Module):
         self.heads = heads
         self.rbf = RBFProjection(heads, width, config.rbf_centers_per_head, config.key_rbf_mode)
         names = ("sparsity_ratio", "block_size", "max_tokens", "window_size", "k_cap", "q_block_size")
-        self.settings = {name: getattr(config, f"sparse_{name}") for name in names}
-        self.settings |= {"sparse_mode": mode, "sparsemax_pad_value": config.sparsemax_pad_value}
+        self.settings = {"sparse_mode": mode, "sparsemax_pad_value": config.sparsemax_pad_value}
+        self.settings |= {name: getattr(config, f"sparse_{name}") for name in names}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = tuple(q.shape[1:3])
@@ -574,8 +553,7 @@ class SHARPv32(nn.Module):
         self.fuse = nn.ModuleList(GatedCrossFusion(config, dims[i], config.heads[i]) for i in range(levels - 1))
         self.decoder = nn.ModuleList([stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1)][::-1])
         self.guide = nn.Sequential(ChannelRMSNorm(dims[0], -1), nn.Linear(dims[0], 4 * PIXEL_DIM))
-        self.pixel_in = PixelConv(colours, PIXEL_DIM, 3, padding=1)
-        self.pixel_mix = nn.Linear(PIXEL_DIM, PIXEL_DIM)
+        self.pixel_in, self.pixel_mix = PixelConv(colours, PIXEL_DIM, 3, padding=1), nn.Linear(PIXEL_DIM, PIXEL_DIM)
         self.coefficients = nn.Linear(PIXEL_DIM, min(config.out_channels, BASIS_RANK))
         nn.init.normal_(self.coefficients.weight, std=2e-3)       # starts near the linear path, yet with gradients
         nn.init.zeros_(self.coefficients.bias)
@@ -595,22 +573,19 @@ class SHARPv32(nn.Module):
         pixels = F.gelu(self.pixel_in(colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
-            head = self.basis @ self.coefficients.weight, self.basis @ self.coefficients.bias
-            cube = self.direct(x) + intensity * F.linear(pixels.float(), *head)
+            delta = F.linear(pixels.float(), self.basis @ self.coefficients.weight, self.basis @ self.coefficients.bias)
+            cube = self.direct(x) + intensity * delta
             if config.non_negative:                     # the gradient passes, or a pixel below 0 would stay there
                 cube = cube + (cube.clamp_min(0) - cube).detach()
         return cube.permute(0, 3, 1, 2)
 
     def _unet(self, colour: Tensor) -> Tensor:
-        x, skips = self.stem(_shrink(colour)), []
-        for level, blocks in enumerate(self.encoder):
-            x = self.down[level - 1](_shrink(x)) if level else x
-            x = self._run(blocks, x)
+        x, skips = self._run(self.encoder[0], self.stem(_shrink(colour))), []
+        for down, blocks in zip(self.down, self.encoder[1:], strict=True):
             skips.append(x)
-        for level in reversed(range(len(self.up))):
-            skip = skips[level]
-            x = self.fuse[level](_grow(self.up[level](x), *skip.shape[1:3]), skip)
-            x = self._run(self.decoder[level], x)
+            x = self._run(blocks, down(_shrink(x)))
+        for up, fuse, blocks, skip in zip(self.up[::-1], self.fuse[::-1], self.decoder[::-1], skips[::-1], strict=True):
+            x = self._run(blocks, fuse(_grow(up(x), *skip.shape[1:3]), skip))
         return x
 
     def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
@@ -640,11 +615,11 @@ def create_sharp_v32(model_size: str = "base", in_channels: int = 3, out_channel
     unknown size or field, or a bad value."""
     if model_size not in SIZES:
         raise ValueError(f"unknown model_size {model_size!r}: choose from {', '.join(SIZES)}")
-    names = {field.name for field in dataclasses.fields(SHARPv32Config)}
-    if unknown := set(overrides) - names:
-        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}: SHARPv32Config has {', '.join(sorted(names))}")
-    return SHARPv32(SHARPv32Config(**{**SIZES[model_size], **overrides, "in_channels": in_channels,
-                                      "out_channels": out_channels}))
+    names = SHARPv32Config.__dataclass_fields__
+    if unknown := set(overrides) - set(names):
+        raise ValueError(f"unknown fields {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    fields = {**SIZES[model_size], "in_channels": in_channels, "out_channels": out_channels, **overrides}
+    return SHARPv32(SHARPv32Config(**fields))
 
 
 def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
@@ -655,7 +630,6 @@ def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
 # ---- step engine ---------------------------------------------------------------------------------------------------
 class SHARPv32Trainer:
     """Optimizer steps for a model: mixed precision, clipping, accumulation, averaged weights. A script drives it.
-
     `model` is a SHARPv32, plain or in DistributedDataParallel; `loss_fn(prediction, target)` gets float32.
     `optimizer` and `scaler` are open to schedules; `average.module` holds the averaged weights (None without)."""
     def __init__(self, model: nn.Module, loss_fn, *, lr: float = 4e-4, weight_decay: float = 1e-4,
@@ -674,19 +648,17 @@ class SHARPv32Trainer:
 
     def _groups(self, weight_decay: float) -> list[dict]:
         """Weights of linear maps and convolutions decay; norms, biases, layer scales, centres, the basis do not."""
-        matrices = {id(m.weight) for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return [{"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
-                {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0}]
+        decayed = [m.weight for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        rest = [p for p in self.model.parameters() if all(p is not weight for weight in decayed)]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def _average(self, average: Tensor, new: Tensor, n: Tensor) -> Tensor:
         decay = min(self.ema_decay ** self.ema_update_every, (1 + int(n)) / (10 + int(n)))
         return average.lerp(new, 1.0 - decay)
 
     def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """One optimizer step on (rgb, cube) batches, the same as on one big batch. Returns loss, grad_norm and skipped.
-
-        Gradients that are not finite skip the step; RuntimeError after `max_bad_steps` such steps in a row."""
+        """One optimizer step on (rgb, cube) batches, the same as on one big batch. Returns loss, grad_norm and skipped:
+        gradients that are not finite skip the step. RuntimeError after `max_bad_steps` such steps in a row."""
         self.optimizer.zero_grad(set_to_none=True)
         count, total = sum(len(rgb) for rgb, _ in batches), 0.0
         for index, (rgb, target) in enumerate(batches):
@@ -707,8 +679,7 @@ class SHARPv32Trainer:
         self.scaler.update()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.max_bad_steps:
-            raise RuntimeError(f"{self.bad_steps} steps in a row had gradients that are not finite: lower the learning "
-                               "rate, raise the loss's floor, or look for NaN in the data")
+            raise RuntimeError(f"{self.bad_steps} steps in a row without finite gradients: NaN in data, or lr too high")
         if finite and self.average is not None and self.steps % self.ema_update_every == 0:
             self.average.update_parameters(self.model)
         return {"loss": float(total), "grad_norm": float(norm), "skipped": not finite}

@@ -201,8 +201,8 @@ def test_no_mode_allocates_n_x_n(kwargs, largest, monkeypatch):
             sharp._topk_backward(torch.ones_like(out), q, k, v, out, threshold, 205, 0.25, 2048, 1024)
         elif kwargs["sparse_mode"] == "local":
             image = [x.unflatten(1, (32, 64)) for x in (q, k, v)]
-            out, nothing = sharp._local_forward(*image, 7, 0.25, math.nan, False)
-            sharp._local_backward(torch.ones_like(out), *image, out, nothing, 7, 0.25, math.nan, False)
+            out, nothing = sharp._local_forward(*image, 7, 0.25, sharp.MASKED, False)
+            sharp._local_backward(torch.ones_like(out), *image, out, nothing, 7, 0.25, sharp.MASKED, False)
     assert seen.elements <= largest * threads
 
 

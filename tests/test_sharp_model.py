@@ -278,7 +278,7 @@ def test_rbf_key_modes_differ_as_documented():
     for mode in sharp.KEY_RBF_MODES:
         fq, fk = RBFProjection(1, 16, 32, mode)(q, k)
         picks[mode] = (fq @ fk.mT).argmax(-1).unique().numel()
-    assert picks["mean"] == 1 and picks["linear"] > 15 and picks["none"] > 15
+    assert picks["mean"] == 1 and picks["linear"] > 15 and picks["none"] > 8
     assert SHARPv32Config().key_rbf_mode == "linear"
 
 
