@@ -182,6 +182,7 @@ class Ranks:
 
     def leave(self) -> None:
         if self.world_size > 1:
+            dist.barrier()  # rank 0 may still be saving, and a launcher may end the job with its first rank
             dist.destroy_process_group()
 
     def gather(self, item: Any) -> list:
@@ -438,13 +439,22 @@ class RunLog:
                 self.wandb.finish()
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For a loader's workers: launchers signal the whole process group, but the trainer needs them to end its step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 ask the loop to stop at its next safe point; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(name, self._ask)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:

@@ -6,17 +6,14 @@
     python dataset_setup.py --arad-root RAW --verify-only                      # a table; exit code 1 with any problem
     python dataset_setup.py --synthetic 20 --output-root RAW --size 256x256    # raw scenes in the ARAD-1K layout
 
-A staged folder has train/, val/ and test/ with `<scene>.cube.npy` (H, W, bands) and `<scene>.rgb.npy` (H, W, 3),
-index.json (shapes, wavelengths, statistics, checksums, patch grids) and contact_sheet.png, where a wrong transpose
-shows. A scene is written whole or not at all; the same command again carries on where the last one stopped.
+A staged folder has `{train,val,test}/<scene>.cube.npy` (H, W, bands) and `.rgb.npy` (H, W, 3), index.json (statistics,
+checksums, patch grids) and contact_sheet.png, where a wrong transpose shows. A scene is written whole or not at all; the
+same command again carries on where the last one stopped.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -34,23 +31,23 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 import optimized_dataloader as data
-from common_utils_v32 import UserError, atomic_write, write_json
+from common_utils_v32 import UserError, atomic_write, read_json, write_json
 
 # --- synthetic scenes -----------------------------------------------------------------------------------------------
-# Dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so edges come at all scales. Their
-# reflectances follow Kubelka and Munk (1931): K/S is a sum of pigment absorptions, which gives smooth spectra in (0, 1)
-# on a curved manifold. Each family of materials has its own texture, so a leaf and a green plastic of the same RGB are
-# told apart by their surroundings. The cube is radiance relative to a white in the brightest light, the same for all
-# scenes, and so is the camera's exposure (mean about 0.18): brightness means something, and `unit` RGB keeps it.
+# Dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so edges come at all scales. Kubelka and
+# Munk's reflectances (1931): K/S is a sum of pigment absorptions, so spectra are smooth, in (0, 1), on a curved manifold. A
+# family of materials has its own texture: a leaf and a green plastic of the same RGB are told apart by their surroundings.
+# The cube is radiance relative to a white in the brightest light, the same for all scenes, and so is the camera's exposure
+# (mean about 0.18): brightness means something, and `unit` RGB keeps it.
 WAVELENGTHS = np.arange(400.0, 701.0, 10.0)
 PIGMENTS = {  # absorption as lobes (height, peak nm, width below, width above) near the bands known for each pigment
     "chlorophyll": [(1, 435, 40, 18), (0.75, 470, 20, 16), (0.3, 600, 50, 25), (0.45, 648, 16, 14), (1, 677, 13, 11)],
     "carotenoid": [(0.7, 425, 40, 15), (1, 450, 16, 15), (0.85, 480, 15, 14)], "melanin": [(1, 350, 60, 130)],
     "anthocyanin": [(1, 535, 40, 30), (0.35, 420, 40, 40)], "delphinidin": [(1, 590, 45, 32), (0.25, 410, 30, 30)],
     "haematite": [(1, 480, 120, 50), (0.25, 640, 40, 60)], "goethite": [(1, 430, 60, 45), (0.15, 650, 40, 60)],
-    "tannin": [(1, 360, 60, 90)], "azo": [(1, 430, 50, 32)], "cadmium orange": [(1, 470, 120, 45)], "cadmium red": [(1, 510, 140, 40)],
     "quinacridone": [(0.8, 525, 35, 14), (1, 560, 14, 14)], "phthalo blue": [(1, 615, 35, 25), (0.9, 680, 22, 40)],
-    "phthalo green": [(1, 645, 45, 45), (0.5, 430, 40, 25)], "indigo": [(1, 650, 60, 40)], "smalt": [(1, 600, 45, 45)],
+    "phthalo green": [(1, 645, 45, 45), (0.5, 430, 40, 25)], "cadmium orange": [(1, 470, 120, 45)], "tannin": [(1, 360, 60, 90)],
+    "cadmium red": [(1, 510, 140, 40)], "azo": [(1, 430, 50, 32)], "indigo": [(1, 650, 60, 40)], "smalt": [(1, 600, 45, 45)],
 }
 # family: main pigments, second pigments, texture, its strength in log K/S, gloss, range of grey K/S and of pigment K/S
 FAMILIES = {
@@ -64,10 +61,8 @@ FAMILIES = {
                 "weave", 0.35, 0.0, (0.01, 3), (0.6, 30)),
     "neutral": ([], ["melanin", "haematite"], "mottle", 0.15, 0.05, (0.004, 14), (0.02, 0.5)),
 }
-# the share of each family among a scene's materials
-OUTDOOR, INDOOR = (0.28, 0.12, 0.13, 0.20, 0.09, 0.08, 0.10), (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
-MATERIALS = 48  # in a scene
-FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
+OUTDOOR, INDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1), (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)  # shares of the families
+MATERIALS, FRESNEL = 48, 0.012  # materials in a scene; reflection at the surface, so that nothing is quite black
 EXPOSURE = 1.4  # gain of the camera signal at which the mean over scenes is about 0.18 of full scale
 
 
@@ -77,8 +72,8 @@ def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
     ks = np.exp(rng.uniform(*np.log(grey))) * (WAVELENGTHS / 550) ** rng.uniform(-0.6, 0.2)
     for pigments, share, chance in ((main, 1.0, 1.0), (second, 0.6, 0.7)):
         if pigments and rng.random() < chance:
-            lobes = [(a, peak + rng.normal(0, 2), *(rng.uniform(0.92, 1.08, 2) * widths))
-                     for a, peak, *widths in PIGMENTS[pigments[rng.integers(len(pigments))]]]
+            chosen = PIGMENTS[pigments[rng.integers(len(pigments))]]
+            lobes = [(a, peak + rng.normal(0, 2), *(rng.uniform(0.92, 1.08, 2) * widths)) for a, peak, *widths in chosen]
             ks = ks + share * np.exp(rng.uniform(*np.log(amount))) * common.sum_of_lobes(WAVELENGTHS, lobes)
     return ks
 
@@ -90,11 +85,9 @@ def reflectance(ks: np.ndarray) -> np.ndarray:
 
 def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Direct and ambient light, peak 1: sun and sky; or a lamp (tungsten, white LED) or a window, with some daylight."""
-    def planck(low: float, high: float) -> np.ndarray:
-        metres = WAVELENGTHS * 1e-9
-        power = 1 / (metres**5 * np.expm1(1.4388e-2 / (metres * rng.uniform(low, high))))
+    def planck(low: float, high: float) -> np.ndarray:  # between these colour temperatures, kelvin
+        power = WAVELENGTHS**-5 / np.expm1(1.4388e7 / (WAVELENGTHS * rng.uniform(low, high)))
         return power / power.max()
-
     if outdoor:
         direct, tint = planck(5000, 6000), -rng.uniform(0.8, 2)
     else:
@@ -108,8 +101,7 @@ def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarra
 
 def fractal(rng: np.random.Generator, h: int, w: int, power: float) -> np.ndarray:
     """A random field with amplitude spectrum f^-power, mean 0, deviation 1."""
-    frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None])
-    amplitude = np.maximum(frequency, 1 / max(h, w)) ** -power
+    amplitude = np.maximum(np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)), 1 / max(h, w)) ** -power
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((h, w))) * amplitude, (h, w))
     return ((field - field.mean()) / field.std()).astype(np.float32)
 
@@ -118,8 +110,7 @@ TEXTURES = {  # what a family looks like from near, about deviation 1; u, v: the
     "veins": lambda u, v, coarse, mottle: 0.8 * np.cos(6 * np.arctan2(v, u) + 2 * coarse) + 0.5 * coarse,
     "grain": lambda u, v, coarse, mottle: np.sin(2 * np.pi * u + 2.5 * coarse),
     "weave": lambda u, v, coarse, mottle: 1.4 * np.sin(3.3 * np.pi * u) * np.sin(3.3 * np.pi * v),
-    "mottle": lambda u, v, coarse, mottle: mottle,
-    "smooth": lambda u, v, coarse, mottle: np.zeros_like(coarse),
+    "mottle": lambda u, v, coarse, mottle: mottle, "smooth": lambda u, v, coarse, mottle: np.zeros_like(coarse),
 }
 
 
@@ -141,21 +132,20 @@ def _paint(rng: np.random.Generator, h: int, w: int, families: np.ndarray) -> di
     light = np.array([*rng.normal(0, 0.35, 2), 1.0])
     lx, ly, lz = (light / np.linalg.norm(light)).tolist()  # right, down, towards the camera
     local = rng.integers(0, MATERIALS, (3, 3, 5))  # like lies near like: each part of the frame has its own materials
-    side, ground, forms = min(h, w), 1.5 * max(h, w), np.float32([1.3, 2, 2, 2.6, 6])  # powers: leaf, round .. box
+    side, ground, forms = min(h, w), 5.0 * max(h, w), np.float32([1.3, 2, 2, 2.6, 6])  # powers: leaf, round .. box
     radii = 1 / np.sqrt(rng.uniform((0.45 * side) ** -2, 5.0**-2, int(220 * h * w / 256**2)))  # density r^-3
     for radius in (ground, *rng.uniform(0.15 * side, 0.5 * side, 5).tolist(), *radii.tolist()):
         y, x = (h / 2, w / 2) if radius == ground else (rng.uniform(-0.05, 1.05, 2) * (h, w)).tolist()
         form = float(np.exp(rng.normal(0, 0.35))), rng.uniform(0, np.pi), rng.choice(forms)
-        relief = float(rng.choice([0, 0.35, 0.8], p=[0.45, 0.3, 0.25]))  # flat .. ball
+        relief, height = float(rng.choice([0, 0.35, 0.8], p=[0.45, 0.3, 0.25])), min(0.75 * radius, 18)  # flat .. ball
         nearby = local[min(max(int(3 * y / h), 0), 2), min(max(int(3 * x / w), 0), 2)]
         chosen = int(rng.choice(nearby) if rng.random() < 0.75 else rng.integers(MATERIALS))
         _, _, kind, strength, gloss, _, _ = FAMILIES[families[chosen]]
-        relief, height = (0.0, 0.0) if radius == ground else (relief, min(0.75 * radius, 18))
         box, *_, distance = _superellipse((h, w), y - height * ly, x - height * lx, radius, form)
         for name, darkness in (("direct", 0.8), ("ambient", 0.3)):  # its shadow on what is there
             maps[name][box] *= 1 - darkness * np.clip((1 - distance) * 3, 0, 1)
         box, dx, dy, u, v, distance = _superellipse((h, w), y, x, radius, form)
-        nx, ny = relief * dx / (1.05 * radius), relief * dy / (1.05 * radius)
+        nx, ny = relief * dx / (1.05 * radius), relief * dy / (1.05 * radius)  # the surface's normal
         nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0.05))
         lambert = nx * lx + ny * ly + nz * lz
         glint = gloss * (relief > 0) * np.maximum((lambert + nz) / float(np.sqrt(2 + 2 * lz)), 0) ** 60  # Blinn
@@ -190,8 +180,6 @@ def synthetic_cube(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> None:
     root, name, number, test = job
     spec, photo = root / "Train_Spec" / f"{name}.mat", root / ("Test_RGB" if test else "Train_RGB") / f"{name}.jpg"
-    if photo.exists() and (test or spec.exists()):
-        return
     rng = np.random.default_rng([settings["seed"], number])
     cube = synthetic_cube(rng, *settings["size"])
     response = common.camera_response(settings["camera"], WAVELENGTHS)
@@ -208,20 +196,19 @@ def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> 
 def make_synthetic(args: argparse.Namespace) -> None:
     """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two test images."""
     root, n, (h, w) = Path(args.output_root), args.synthetic, args.size
-    settings = {"format": "hsi-synthetic", "scenes": n, "size": [h, w], "seed": args.seed, "camera": args.camera,
-                "exposure": None if args.exposure == "auto" else args.exposure or EXPOSURE}
-    if n < 2 or min(h, w) < (least := max(64, args.patch_size)):
-        raise UserError(f"--synthetic {n} --size {h}x{w}: give 2 or more scenes, of {least} (--patch-size) or more pixels")
+    exposure = None if args.exposure == "auto" else args.exposure or EXPOSURE
+    settings = {"scenes": n, "size": [h, w], "seed": args.seed, "camera": args.camera, "exposure": exposure}
+    if n < 2 or min(h, w) < max(64, args.patch_size):
+        raise UserError(f"--synthetic {n} --size {h}x{w}: give 2 or more scenes, of 64 and --patch-size or more pixels a side")
     common.camera_response(args.camera, WAVELENGTHS)  # complain about the camera before anything is written
     claim(root, root / "synthetic.json", settings, n * h * w * 31 * 4)
     names, train = [f"synthetic_{i + 1:04d}" for i in range(n + 2)], n - max(1, round(n / 5))
-    for file_name, part in (("train_list.txt", names[:train]), ("valid_list.txt", names[train:n])):
-        text = "\n".join([*part, ""]).encode()
-        atomic_write(root / "split_txt" / file_name, lambda file, text=text: file.write(text))
+    for part, listed in (("train", names[:train]), ("valid", names[train:n])):
+        text = "\n".join([*listed, ""]).encode()
+        atomic_write(root / "split_txt" / f"{part}_list.txt", lambda file, text=text: file.write(text))
     jobs = [(root, name, i, i >= n) for i, name in enumerate(names)]
     list(run_jobs(partial(_write_synthetic_scene, settings=settings), jobs, args.workers, "synthetic scenes"))
-    print(f"{root}: {train} training and {n - train} validation scenes of {h} x {w} x 31 and 2 test images, raw ARAD-1K "
-          f"layout; stage with --arad-root {root}")
+    print(f"{root}: {train} training and {n - train} validation scenes of {h} x {w} x 31, 2 test images; stage with --arad-root")
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
@@ -235,19 +222,13 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
     if args.arad_root:
         splits = data.find_scenes(root)
         listed = (root / "split_txt" / "valid_list.txt").exists()
-    else:
-        if args.cave_root:  # <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and a .bmp beside
-            cubes = {p.name.removesuffix("_ms"): p for p in root.iterdir() if p.is_dir() and any(p.rglob("*_01.png"))}
-            images = [*root.rglob("*.bmp"), *root.glob("*.jpg")]
-        else:
-            cubes = {p.stem: p for p in root.iterdir() if p.suffix.lower() in data.CUBE_SUFFIXES}
-            images = [p for p in root.iterdir() if p.suffix.lower() in data.RGB_SUFFIXES]
-        by_stem = {p.stem.lower().removesuffix("_rgb"): p for p in images}
-        splits = {"train": [data.Scene(name, cubes[name], by_stem.get(name.lower())) for name in sorted(cubes)]}
+    else:  # CAVE: <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and <scene>_RGB.bmp
+        cubes = {p.stem.removesuffix("_ms"): p for p in root.iterdir()
+                 if p.suffix.lower() in data.CUBE_SUFFIXES or (p.is_dir() and any(p.rglob("*_01.png")))}
+        images = {p.stem.lower().removesuffix("_rgb"): p for p in root.rglob("*") if p.suffix.lower() in data.RGB_SUFFIXES}
+        splits = {"train": [data.Scene(name, cubes[name], images.get(name.lower())) for name in sorted(cubes)]}
     if listed and args.val_fraction is not None:
         raise UserError(f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; leave it out")
-    if (args.val_fraction or 0) > 1:
-        raise UserError(f"--val-fraction {args.val_fraction:g}: give a share from 0 to 1")
     if not listed:
         scenes, share = splits["train"], 0.1 if args.val_fraction is None else args.val_fraction
         count = int(np.clip(round(share * len(scenes)), share > 0, max(len(scenes) - 1, 0)))  # at least one of each
@@ -260,36 +241,33 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
 
 
 def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, data.Scene]]) -> dict:
-    """All that the staged files depend on, with bands and wavelengths as the first readable scene has them."""
+    """What the staged files depend on; bands and wavelengths as in the first scene (--verify-only: the first readable)."""
     names = ("patch_size", "stride", "patch_grid", "dtype", "scale", "cube_key", "axes", "render_rgb", "camera", "seed",
              "val_fraction", "split_seed")
     settings = {name: getattr(args, name) for name in names}
-    settings["exposure"] = None if args.exposure in (None, "auto") else args.exposure
     cubes = [scene for _, scene in jobs if scene.cube_path]
-    for scene in cubes:  # verify goes on to the next one when the first cannot be read
-        path = scene.cube_path
+    for scene in cubes:
         try:
             shape = data.read_rgb(scene.rgb_path).shape if scene.rgb_path else None
-            bands = data.read_cube(path, key=args.cube_key, axes=args.axes, rgb_shape=shape).shape[2]
+            bands = data.read_cube(scene.cube_path, key=args.cube_key, axes=args.axes, rgb_shape=shape).shape[2]
             break
         except UserError:
             if not args.verify_only or scene == cubes[-1]:
                 raise
-    nm = data.read_wavelengths(path)
+    nm = data.read_wavelengths(scene.cube_path)
     if args.wavelengths or (nm is None and bands == 31):
         nm = np.linspace(*(args.wavelengths or (400.0, 700.0)), bands).tolist()
     if nm is None or len(nm) != bands:
-        raise UserError(f"{path}: {bands} bands, but no wavelengths of them in the file; give --wavelengths FIRST LAST in nm")
+        raise UserError(f"{scene.cube_path}: {bands} bands of unknown wavelengths; give --wavelengths FIRST LAST in nm")
     if args.render_rgb:
-        common.camera_response(args.camera, nm)
-    return settings | {"bands": bands, "wavelengths": nm}
+        common.camera_response(args.camera, nm)  # complain about the camera now
+    return settings | {"exposure": None if args.exposure == "auto" else args.exposure, "bands": bands, "wavelengths": nm}
 
 
 def check_files(scene: data.Scene, render: str | None) -> None:
     """The files of a scene are there, before anything is written."""
-    missing = [path for path in (scene.cube_path, scene.rgb_path) if path and not path.exists()]
-    if missing:
-        raise UserError(f"{missing[0]}: no such file, though scene {scene.name} is listed; add it or mend the list")
+    if scene.cube_path and not scene.cube_path.exists():
+        raise UserError(f"{scene.cube_path}: no such file, though {scene.name} is listed; add it or mend the list")
     if scene.rgb_path is None and not render:
         raise UserError(f"{scene.cube_path}: scene {scene.name} has no RGB image; add it, or render it with --render-rgb")
 
@@ -301,9 +279,8 @@ def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np
     rgb = None if rendered else data.read_rgb(scene.rgb_path)
     if scene.cube_path is None:
         return None, rgb
-    cube = data.read_cube(scene.cube_path, key=settings["cube_key"], axes=settings["axes"], bands=settings["bands"],
-                          rgb_shape=None if rgb is None else rgb.shape)
-    cube = cube if settings["scale"] == 1 else cube / np.float32(settings["scale"])
+    how = {"key": settings["cube_key"], "axes": settings["axes"], "bands": settings["bands"]}
+    cube = data.read_cube(scene.cube_path, rgb_shape=None if rgb is None else rgb.shape, **how) / np.float32(settings["scale"])
     if rgb is None:
         rng = np.random.default_rng([settings["seed"], *scene.name.encode()])
         response = common.camera_response(settings["camera"], settings["wavelengths"])
@@ -317,13 +294,11 @@ def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np
 def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
     """Results of work(job) as they come, from parallel processes, with a progress bar; the first error ends it."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ignore_interrupt = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    if not jobs:
-        return
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, **ignore_interrupt) as pool:
+    leave_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # to this process
+    with ProcessPoolExecutor(min(workers, len(jobs) or 1), context, *leave_ctrl_c) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
-            for future in tqdm(as_completed(futures), total=len(jobs), desc=what, unit="scene"):
+            for future in tqdm(as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs):
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(f"{what}: a worker process died, out of memory perhaps; try fewer --workers") from None
@@ -333,9 +308,9 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
 
 def claim(root: Path, path: Path, settings: dict, needed: int) -> None:
     """Take the output folder if it is new, empty, or was begun with these settings (kept in `path`), and `needed` bytes fit."""
-    old = json.loads(path.read_text()) if path.exists() else settings
+    old = read_json(path) if path.exists() else settings
     for name in (name for name, value in settings.items() if old.get(name) != value):
-        raise UserError(f"{root}: made with {name} {old.get(name)}, not {settings[name]}; remove it or give another --output-root")
+        raise UserError(f"{root}: has {name} {old.get(name)}, not {settings[name]}; remove it or give another --output-root")
     if not path.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: exists and holds other things; give a new or empty folder as --output-root")
     free = shutil.disk_usage(next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())).free
@@ -361,16 +336,15 @@ def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> None
     """Write one scene's .npy files and, last, its record `<scene>.json`, which becomes its entry in index.json."""
     split, scene = job
     cube, rgb = load_scene(scene, settings)
-    entry = {"name": scene.name, "shape": list(rgb.shape[:2]), "rgb": f"{split}/{scene.name}.rgb.npy",
-             "rgb_range": [rgb.min(), rgb.max()], "rgb_mean": rgb.mean((0, 1)), "rgb_std": rgb.std((0, 1)),
-             "source": _source(scene)}
+    entry = {"name": scene.name, "shape": rgb.shape[:2], "rgb": f"{split}/{scene.name}.rgb.npy", "source": _source(scene),
+             "rgb_range": [rgb.min(), rgb.max()], "rgb_mean": rgb.mean((0, 1)), "rgb_std": rgb.std((0, 1))}
     if cube is not None:
         data.check_cube(cube, scene.cube_path)
         rows, cols = data.patch_grid(*cube.shape[:2], *(settings[k] for k in ("patch_size", "stride", "patch_grid")))
         dtype = settings["dtype"] if split == "train" else "float32"  # what is measured against is never rounded
         entry |= {"shape": list(cube.shape), "dtype": dtype, "cube": f"{split}/{scene.name}.cube.npy",
-                  "range": [cube.min(), cube.max()], "zeros": np.mean(cube == 0), "mean": cube.mean((0, 1), np.float64),
-                  "std": cube.std((0, 1), np.float64), "min": cube.min((0, 1)), "max": cube.max((0, 1)),
+                  "range": [cube.min(), cube.max()], "min": cube.min((0, 1)), "max": cube.max((0, 1)),
+                  "mean": cube.mean((0, 1), np.float64), "std": cube.std((0, 1), np.float64), "zeros": np.mean(cube == 0),
                   "grid": [len(rows), len(cols)], "patches": len(rows) * len(cols)}
         entry["cube_sha256"] = _save(root / entry["cube"], np.ascontiguousarray(cube, dtype))
     entry["rgb_sha256"] = _save(root / entry["rgb"], rgb)
@@ -386,8 +360,7 @@ def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> di
         means, stds = (np.array([entry[kind + name] for entry in train]) for name in ("mean", "std"))
         mean, square = (np.average(x, axis=0, weights=pixels) for x in (means, stds**2 + means**2))
         statistics |= {f"{kind}mean": mean, f"{kind}std": np.sqrt(np.maximum(square - mean**2, 0))}
-    facts = {"rgb": "uint8; per-scene rgb_range holds the whole-frame min and max for per_image",
-             "cube": f"as in the raw file, divided by {settings['scale']:g}"}
+    facts = {"rgb": "uint8; rgb_range: of the whole frame, for per_image", "cube": f"raw values / {settings['scale']:g}"}
     index = {"format": "hsi-staged", "version": 1, "bands": settings["bands"], "wavelengths": settings["wavelengths"],
              "settings": settings, "splits": splits, "statistics": statistics, "normalisation": facts}
     write_json(root / "index.json", index)
@@ -396,24 +369,23 @@ def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> di
 
 def contact_sheet(root: Path, index: dict, most: int = 12) -> None:
     """contact_sheet.png: RGB, cube rendered, three bands and mean spectra of some scenes. A wrong transpose shows."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes a second to import
 
     scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
-    scenes = [scenes[i] for i in sorted({*np.linspace(0, len(scenes) - 1, min(most, len(scenes))).astype(int)})]
+    scenes = [scenes[i] for i in np.linspace(0, len(scenes) - 1, min(most, len(scenes))).astype(int)]
     chosen = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
     figure = Figure(figsize=(13, 2.1 * len(scenes)), layout="constrained", dpi=70)
     for row, entry in zip(figure.subplots(len(scenes), 6, squeeze=False), scenes, strict=True):
         step = max(max(entry["shape"]) // 256, 1)
-        rgb, cube = (np.load(root / entry[kind], mmap_mode="r")[::step, ::step] for kind in ("rgb", "cube"))
-        cube = cube.astype(np.float32)
+        rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
+        cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
         colour = common.cube_to_srgb(cube, nm) if min(nm) < 500 and max(nm) > 600 else cube[..., chosen]
         pictures = {entry["name"]: rgb, "cube": colour, **{f"{nm[i]:.0f} nm": cube[..., i] for i in chosen}}
         for axis, (title, picture) in zip(row, pictures.items(), strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=float(cube.max()))
             axis.set(title=title, xticks=[], yticks=[])
-        for name, part in (("top half", cube[: len(cube) // 2]), ("bottom half", cube[len(cube) // 2 :])):
-            row[5].plot(nm, part.mean((0, 1)), label=name)
-        row[5].legend()
+        row[5].plot(nm, cube[: len(cube) // 2].mean((0, 1)), nm, cube[len(cube) // 2 :].mean((0, 1)))
+        row[5].legend(["top half", "bottom half"], fontsize=6)
     atomic_write(root / "contact_sheet.png", lambda file: figure.savefig(file, format="png"))
 
 
@@ -421,17 +393,16 @@ def _bytes_needed(job: tuple[str, data.Scene], settings: dict) -> int:
     """Bytes on disk of one staged scene; an error when no patch fits into it."""
     split, scene = job
     h, w = (data.read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings)[1]).shape[:2]
-    if scene.cube_path is None:
-        return h * w * 3
-    data.patch_grid(h, w, settings["patch_size"], settings["stride"])
-    return h * w * (3 + settings["bands"] * (2 if split == "train" and settings["dtype"] == "float16" else 4))
+    if split != "test":
+        data.patch_grid(h, w, settings["patch_size"], settings["stride"])
+    return h * w * (3 + settings["bands"] * {"train": np.dtype(settings["dtype"]).itemsize, "val": 4, "test": 0}[split])
 
 
 def _is_done(root: Path, split: str, scene: data.Scene) -> bool:
     """An earlier run wrote this scene, from the same raw files."""
     path = root / split / f"{scene.name}.json"
-    entry = json.loads(path.read_text()) if path.exists() else {"source": None}
-    return entry["source"] == _source(scene) and all((root / entry[kind]).exists() for kind in ("cube", "rgb") if kind in entry)
+    entry = read_json(path) if path.exists() else {"source": None}
+    return entry["source"] == _source(scene) and all((root / entry[k]).exists() for k in ("cube", "rgb") if k in entry)
 
 
 def stage(args: argparse.Namespace) -> None:
@@ -439,20 +410,18 @@ def stage(args: argparse.Namespace) -> None:
     root, jobs = Path(args.output_root), collect_scenes(args)
     for _, scene in jobs:
         check_files(scene, args.render_rgb)
-    settings = json.loads(common.to_json(resolve_settings(args, jobs)))
+    settings = resolve_settings(args, jobs)
     left = [job for job in jobs if not _is_done(root, *job)]
     sizes = list(run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes"))
     claim(root, root / "settings.json", settings, sum(sizes))
-    records = {split: [root / split / f"{s.name}.json" for other, s in jobs if other == split] for split in ("train", "val", "test")}
-    strange = {*root.glob("*/*.json")} - {path for paths in records.values() for path in paths}
-    if strange:
+    records = {split: [root / split / f"{s.name}.json" for k, s in jobs if k == split] for split in ("train", "val", "test")}
+    if strange := {*root.glob("*/*.json")} - {path for paths in records.values() for path in paths}:
         raise UserError(f"{min(strange)}: a scene that the source lacks; remove {root} or give another --output-root")
     list(run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging"))
-    splits = {split: [json.loads(path.read_text()) for path in paths] for split, paths in records.items()}
+    splits = {split: [read_json(path) for path in paths] for split, paths in records.items()}
     contact_sheet(root, write_index(root, splits, settings))
     print(f"{root}: {', '.join(f'{len(v)} {k}' for k, v in splits.items())} scenes ({len(jobs) - len(left)} were there), "
-          f"{sum(e['patches'] for e in splits['train'])} training patches, {settings['bands']} bands; "
-          f"look at {root / 'contact_sheet.png'}")
+          f"{sum(e['patches'] for e in splits['train'])} training patches; look at {root / 'contact_sheet.png'}")
 
 
 # --- checking, command line -----------------------------------------------------------------------------------------
@@ -460,15 +429,14 @@ def stage(args: argparse.Namespace) -> None:
 
 def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
     """One row of the table."""
-    split, scene = job
-    row = f"{split:5s} {scene.name:24s}"
+    row = f"{job[0]:5s} {job[1].name:24s}"
     try:
-        cube, rgb = load_scene(scene, settings)
-        if cube is None:
-            return f"{row} {rgb.shape[0]} x {rgb.shape[1]} RGB"
-        row += (f" {' x '.join(map(str, cube.shape))}  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}  "
-                f"zeros {100 * np.mean(cube == 0):.3f} %  NaN {np.isnan(cube).sum()}")
-        data.check_cube(cube, scene.cube_path)
+        cube, rgb = load_scene(job[1], settings)
+        row += f" {' x '.join(map(str, (rgb if cube is None else cube).shape))}"
+        if cube is not None:
+            low, high, zeros, bad = np.nanmin(cube), np.nanmax(cube), 100 * np.mean(cube == 0), np.isnan(cube).sum()
+            row += f"  {low:.4g} to {high:.4g}  zeros {zeros:.3f} %  NaN {bad}"
+            data.check_cube(cube, job[1].cube_path)
     except UserError as error:
         row += f"  PROBLEM {error}"
     return row
@@ -477,23 +445,14 @@ def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
 def verify(args: argparse.Namespace) -> int:
     """Open every scene, print a table, write nothing. -> exit code."""
     jobs = collect_scenes(args)
-    settings = resolve_settings(args, jobs)
-    rows = sorted(run_jobs(partial(inspect_scene, settings=settings), jobs, args.workers, "verifying"))
+    rows = sorted(run_jobs(partial(inspect_scene, settings=resolve_settings(args, jobs)), jobs, args.workers, "verifying"))
     problems = sum("  PROBLEM " in row for row in rows)
-    print("\n".join([*rows, f"{len(rows)} scenes, {problems} with problems"]))
+    print(*rows, f"{len(rows)} scenes, {problems} with problems", sep="\n")
     return int(problems > 0)
 
 
-def _at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not low <= kind(text) < np.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of {low:g} or more")
-        return kind(text)
-    return number
-
-
 def build_parser() -> common.CliParser:
-    parser = common.CliParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.CliParser(description=__doc__)
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     source.add_argument("--arad-root", metavar="DIR", help="ARAD-1K layout: Train_Spec, Train_RGB, Test_RGB, split_txt")
     source.add_argument("--cave-root", metavar="DIR", help="CAVE layout: a folder of band images for each scene")
@@ -502,33 +461,37 @@ def build_parser() -> common.CliParser:
     add = parser.add_argument
     add("--output-root", metavar="DIR", help="the folder to write")
     add("--verify-only", action="store_true", help="open everything, print a table; exit code 1 with any problem")
-    add("--patch-size", type=_at_least(1), default=128, help="side of a training patch (128)")
-    add("--stride", type=_at_least(1), default=8, help="distance of patches (8)")
+    add("--patch-size", type=int, default=128, help="side of a training patch")
+    add("--stride", type=int, default=8, help="distance of patches")
     add("--patch-grid", choices=("floor", "cover"), default="floor", help="MST++'s grid, or one to the border too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of training cubes; the others are float32")
-    add("--workers", type=_at_least(1), default=min(8, os.cpu_count() or 1), help="parallel processes")
-    add("--val-fraction", type=_at_least(0, float), help="share for validation where there are no lists (0.1)")
-    add("--split-seed", type=_at_least(0), default=0, help="seed of that draw")
-    add("--scale", type=_at_least(1e-12, float), default=1.0, help="the stored value that means 1")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="parallel processes")
+    add("--val-fraction", type=float, help="share for validation where there are no lists; 0.1 unless given")
+    add("--split-seed", type=int, default=0, help="seed of that draw")
+    add("--scale", type=float, default=1.0, help="the stored value that means 1")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
     add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help="nm, where the files do not say")
     add("--render-rgb", nargs="?", const="missing", choices=("missing", "all"), help="render the missing images, or all")
     add("--camera", default="analytic", help="analytic, analytic2, cie1964, or a CSV file with rows nm,r,g,b")
-    add("--exposure", type=lambda text: text if text == "auto" else _at_least(1e-9, float)(text),
-        help=f"gain of the linear camera signal (default of --synthetic: {EXPOSURE}), or auto: mean 0.18 (of --render-rgb)")
-    add("--seed", type=_at_least(0), default=0, help="seed of scenes and camera noise")
-    add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default=(256, 256), metavar="HxW",
-        help="of synthetic scenes (256x256)")
+    add("--exposure", type=lambda text: text if text == "auto" else float(text),
+        help=f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for --render-rgb)")
+    add("--seed", type=int, default=0, help="seed of scenes and camera noise")
+    add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default="256x256", help="synthetic H x W")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int | None:
     args = build_parser().parse_args(argv)
+    lows = {"patch_size": 1, "stride": 1, "workers": 1, "scale": 1e-9, "exposure": 1e-9, "seed": 0, "split_seed": 0}
+    for name, low in (lows | {"val_fraction": 0}).items():
+        value, high = getattr(args, name), 1 if name == "val_fraction" else 1e9
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}")
     if args.verify_only and args.synthetic is None:
         return verify(args)
-    if not args.output_root:
-        raise UserError("--output-root: give the folder to write")
+    if not args.output_root or args.verify_only:
+        raise UserError("--output-root: give the folder to write (and --verify-only another source than --synthetic)")
     return make_synthetic(args) if args.synthetic is not None else stage(args)
 
 

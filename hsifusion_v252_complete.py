@@ -5,9 +5,10 @@
     cube = model(rgb)                                   # (B, 3, H, W) -> (B, 31, H, W)
 
 A U-net works at half resolution and below, in blocks of sliding-window attention, spectral (channel) attention and an
-MLP. Its features are brought up to full resolution, where they steer a small per-pixel network. What that network
-predicts is a correction relative to the pixel's intensity, added to a linear map from RGB to the bands: the map is
-fitted in closed form before training (`fit_spectral_path`), and a dark pixel is as well conditioned as a bright one.
+MLP. Its features are brought up to full resolution, where they steer a small per-pixel network. That network corrects a
+linear map from RGB to the bands, which is fitted in closed form before training (`fit_spectral_path`): it multiplies
+each band by a gain, as pigments and filters do, and adds a term relative to the pixel's intensity. Both are relative, as
+the error is, so a dark pixel is as well conditioned as a bright one.
 
 Features are (B, H, W, C) throughout: rows of tokens to a linear layer, a channels_last image to a convolution, and no
 copy between the two. Levels halve with a ceiling, so no size needs padding but the odd row that a 2 x 2 cell lacks.
@@ -36,6 +37,7 @@ LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of 
 PIXEL_CHANNELS = 48  # width of the full-resolution network
 CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
 DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
+GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
 
 
 @dataclass
@@ -359,7 +361,7 @@ class HSIFusionNet(nn.Module):
     def __init__(self, config: LightningProConfig) -> None:
         super().__init__()
         self.config, widths, levels = config, config.widths, len(config.widths)
-        colours = 2 * config.in_channels + 1
+        colours = 3 * config.in_channels + 1
         depths = [*config.depths, *(max(1, d - 1) for d in config.depths[-2::-1])]
         rates = (config.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
 
@@ -383,7 +385,7 @@ class HSIFusionNet(nn.Module):
         self.to_pixels = nn.Sequential(TokenGroupNorm(4, widths[0]), nn.Linear(widths[0], 4 * PIXEL_CHANNELS))
         self.pixel_in = nn.Conv2d(colours, PIXEL_CHANNELS, 3, padding=1)
         self.pixel_mix = nn.Linear(PIXEL_CHANNELS, PIXEL_CHANNELS)
-        self.head = nn.Linear(PIXEL_CHANNELS, config.out_channels)
+        self.head = nn.Linear(PIXEL_CHANNELS, 2 * config.out_channels)  # logarithm of the gain, and the added term
         nn.init.zeros_(self.head.weight)  # the start is the linear path alone; the head's gradient is not zero
         nn.init.zeros_(self.head.bias)
         if config.estimate_uncertainty:
@@ -399,11 +401,13 @@ class HSIFusionNet(nn.Module):
                              f"min_input_size = {config.min_input_size}")
         x = rgb.permute(0, 2, 3, 1).contiguous()
         intensity = x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
-        colour = torch.cat([x, x / intensity, 0.5 + 0.3 * intensity.log()], dim=-1)  # all of order 1
+        logs = intensity.log(), ((x.clamp_min(0) + DARK) / intensity).log()
+        colour = torch.cat([x, x / intensity, 0.5 + 0.3 * logs[0], 0.5 * logs[1]], dim=-1)  # all of order 1
         guide = depth_to_space(self.to_pixels(self.trunk(colour)), *x.shape[1:3])
         pixels = F.gelu(convolve(self.pixel_in, colour, config.use_channels_last) + guide)
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        outputs = [self.direct(x) + intensity * self.head(pixels)]
+        gain, term = self.head(pixels).float().chunk(2, dim=-1)
+        outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
         if config.estimate_uncertainty:
             outputs.append(intensity * F.softplus(self.scale_head(pixels)).float() + 1e-4)
         outputs = [y.float().permute(0, 3, 1, 2) for y in outputs]

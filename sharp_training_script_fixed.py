@@ -17,10 +17,11 @@ import dataclasses
 import math
 import os
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -60,6 +61,7 @@ class TrainConfig(DataConfig):
     amp_dtype: str = opt("auto", "auto: on CUDA bf16, or fp16 where that is missing; on a CPU float32", group="speed",
                          choices=("auto", "bf16", "fp16"))
     compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
+    use_channels_last: bool = opt(True, "weights of convolutions in channels_last memory", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
     deterministic: bool = opt(False, "deterministic CUDA kernels", group="speed")
 
@@ -90,7 +92,8 @@ class TrainConfig(DataConfig):
 
 # A field of the model that is not given keeps the size's value.
 Settings = dataclasses.make_dataclass(
-    "Settings", common.optional_fields(SHARPv32Config, skip=("in_channels", "out_channels")), bases=(TrainConfig,))
+    "Settings", common.optional_fields(SHARPv32Config, skip=("in_channels", "out_channels", "ema_update_every")),
+    bases=(TrainConfig,))
 
 
 def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
@@ -111,6 +114,16 @@ def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if cfg.amp_dtype == "bf16" else torch.float16
 
 
+def compile_in_place(network: nn.Module, cfg: Settings, device: torch.device) -> bool:
+    """Compile without changing the state dict's keys; True when it is on."""
+    wanted = device.type == "cuda" if cfg.compile_model is None else cfg.compile_model
+    if wanted and device.type == "cpu" and not common.find_compiler():
+        raise UserError("--compile_model needs a C++ compiler on a CPU: install g++ or give --no-compile_model")
+    if wanted:
+        network.compile(mode=cfg.compile_mode)
+    return wanted
+
+
 class Run:
     """One training run: what it trains, how far it is, and the loop."""
 
@@ -125,7 +138,7 @@ class Run:
 
         # The same weights on every rank: DDP broadcasts rank 0's, which start at the fitted linear path.
         fields = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(SHARPv32Config)}
-        given = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in fields.items() if value is not None and name != "compile_mode"}
         common.seed_everything(cfg.seed)
         bands = len(self.train_loader.wavelengths)
         model = create_sharp_v32(cfg.model_size, out_channels=bands, **given).to(device)
@@ -138,11 +151,11 @@ class Run:
         network, self.amp = model, precision(cfg, device)
         if ranks.world_size > 1:
             network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        compiled = compile_in_place(network, cfg, device)
         self.engine = SHARPv32Trainer(
-            network, MSTPlusPlusLoss(floor=cfg.train_floor), optimizer=cfg.optimizer, lr=cfg.lr,
-            weight_decay=cfg.weight_decay, amp_dtype=self.amp, grad_clip=cfg.gradient_clip, ema_decay=cfg.ema_decay,
-            ema_update_every=cfg.ema_update_every)
-        compiled = common.compile_in_place(network, cfg.compile_model, device, cfg.compile_mode)
+            network, MSTPlusPlusLoss(floor=cfg.train_floor), lr=cfg.lr, weight_decay=cfg.weight_decay,
+            optimizer=torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam, amp_dtype=self.amp,
+            grad_clip=cfg.gradient_clip, ema_decay=cfg.ema_decay, ema_update_every=cfg.ema_update_every)
         common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
 
         self.iterations = len(self.train_loader)
@@ -200,7 +213,7 @@ class Run:
         cfg = self.cfg
         self.engine.wrapped.train()
         self.train_loader.set_position(self.epoch, self.iteration)
-        self.totals = torch.zeros(2, device=self.device)  # loss and steps since the last log line
+        self.totals = torch.zeros(2)  # loss and steps since the last log line
         self.logged = (time.monotonic(), self.iteration)
         group = []
         for batch in self.train_loader:
@@ -210,8 +223,12 @@ class Run:
             if len(group) < cfg.accumulate_steps and done < self.iterations:
                 continue
             self.iteration, self.lr = done, self.engine.optimizer.param_groups[0]["lr"]
-            loss, self.norm = self.engine.train_step(group)
-            self.totals += torch.stack([loss, torch.ones_like(loss)])
+            try:
+                result = self.engine.train_step(group)
+            except FloatingPointError as error:
+                raise UserError(f"step {self.step}: {error}; try a lower --lr or a higher --train_floor") from None
+            self.totals += torch.tensor([result["loss"], 1.0])
+            self.norm = result["grad_norm"]
             self.schedule.step()
             self.step += 1
             group = []
@@ -226,13 +243,12 @@ class Run:
 
     def log_progress(self) -> None:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the device."""
-        self.engine.check()
-        loss = (self.ranks.sum(self.totals)[0] / self.totals[1]).item()
+        loss = float(np.divide(*self.ranks.sum(self.totals.to(self.device)).tolist()))
         now, (then, iteration) = time.monotonic(), self.logged
         speed = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size / (now - then)
         memory = common.memory_gb(self.device)
         self.log.write("train", self.step, {
-            "epoch": self.epoch, "loss": loss, "lr": self.lr, "grad_norm": self.norm.item(),
+            "epoch": self.epoch, "loss": loss, "lr": self.lr, "grad_norm": self.norm,
             "patches_per_second": speed, "memory_gb": memory})
         self.bar.set_postfix_str(
             f"loss {loss:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB")
@@ -253,7 +269,8 @@ class Run:
         due = (self.epoch + 1) % cfg.val_interval == 0 or self.epoch + 1 == cfg.epochs
         if not due or self.validated >= self.epoch:
             return True
-        model = self.engine.best_model().eval()
+        average = self.engine.average
+        model = (average.module if average is not None else self.engine.model).eval()
         scores, figure = [], None
         for scene in self.val_loader:
             if self.stop.requested:
@@ -292,17 +309,19 @@ class Run:
         self.saved_at = time.monotonic()
         if not self.ranks.is_main:
             return
+        engine = self.engine.state_dict()
         common.save_checkpoint(self.folder.checkpoints / name, {
             "model": MODEL, "model_config": dataclasses.asdict(self.engine.model.config), "data": self.data_facts,
-            "settings": self.settings, "schedule": self.schedule.state_dict(), "rng": rng, **self.engine.state_dict(),
+            "settings": self.settings, "schedule": self.schedule.state_dict(), "rng": rng,
+            "state_dict": engine.pop("state_dict"), "ema": engine.pop("ema"), "engine": engine,
             **{key: getattr(self, key) for key in PROGRESS}})
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from a checkpoint's state (the model's weights are loaded already)."""
-        missing = [key for key in ("optimizer", "schedule", "scaler", "rng", *PROGRESS) if key not in state]
+        missing = [key for key in ("engine", "schedule", "rng", *PROGRESS) if key not in state]
         if missing:
             raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
-        self.engine.load_state_dict(state)
+        self.engine.load_state_dict(state["engine"] | {"state_dict": state["state_dict"], "ema": state["ema"]})
         self.schedule.load_state_dict(state["schedule"])
         if len(state["rng"]) == self.ranks.world_size:
             common.set_rng_state(state["rng"][self.ranks.rank])

@@ -10,7 +10,6 @@ Shapes: B batch, h heads, N tokens, D head width, K keys kept, H W pixels, C cha
 import dataclasses
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -318,23 +317,24 @@ def sparse_attention_topk_streaming(
 
 # ---- configuration -------------------------------------------------------------------------------------------------
 SIZES = {
-    "tiny": {"base_dim": 48, "depths": (2, 2, 2), "heads": (1, 2, 4)},
-    "small": {"base_dim": 64, "depths": (2, 3, 3), "heads": (2, 2, 4)},
-    "base": {"base_dim": 96, "depths": (3, 4, 6), "heads": (2, 4, 6)},
-    "large": {"base_dim": 144, "depths": (3, 6, 8), "heads": (3, 4, 8)},
+    "tiny": {"base_dim": 64, "depths": (2, 2, 2), "heads": (1, 2, 4)},
+    "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (2, 2, 4)},
+    "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (2, 4, 6)},
+    "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (3, 4, 8)},
 }
 LEVEL_WIDTHS = (1.0, 1.75, 2.75, 3.5)    # of base_dim, at 1/2, 1/4, 1/8 and 1/16 of the resolution
+GAIN_LIMIT = 3.0               # of the logarithm of a band's gain: 1/20 to 20
 PIXEL_DIM = 48                           # width of the full-resolution network
 BASIS_RANK = 16                          # smooth spectra that the head mixes; measured reflectances need fewer than 10
 DARK = 0.01                              # added to the intensity, the floor of the relative error
 
 
-@dataclass
+@dataclasses.dataclass
 class SHARPv32Config:
     """Settings of SHARP. Tuples hold one entry a level, from fine to coarse."""
     in_channels: int = opt(3, "channels of the image", group="model")
     out_channels: int = opt(31, "bands of the cube", group="model")
-    base_dim: int = opt(48, "channels at half resolution", group="model")
+    base_dim: int = opt(64, "channels at half resolution", group="model")
     depths: tuple[int, ...] = opt((2, 2, 2), "blocks of each level; a decoder has one less, at least 1", group="model")
     heads: tuple[int, ...] = opt((1, 2, 4), "attention heads of each branch, by level", group="model")
     mlp_ratios: tuple[float, ...] = opt((2.0, 2.0, 2.0), "hidden width of an MLP over its input's", group="model")
@@ -511,8 +511,7 @@ class GatedCrossFusion(nn.Module):
     """A decoder level takes its skip: as it is, and, gated, by attention of each token to the window around it."""
     def __init__(self, config: SHARPv32Config, dim: int, heads: int):
         super().__init__()
-        self.norm, self.norm_skip = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1)
-        half = dim // 2
+        self.norm, self.norm_skip, half = ChannelRMSNorm(dim, -1), ChannelRMSNorm(dim, -1), dim // 2
         self.to_q, self.to_kv, self.out = nn.Linear(dim, half), nn.Linear(dim, dim), nn.Linear(half, dim)
         self.skip, self.gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.attention = SpatialAttention(config, heads, half // heads, "local")
@@ -531,12 +530,13 @@ def smooth_basis(bands: int, rank: int) -> Tensor:
 
 
 class SHARPv32(nn.Module):
-    """cube = linear(rgb) + intensity * spectra: a U-net at 1/2 to 1/8 of the resolution steers a small network on the
-    full-resolution pixels, which mixes smooth spectra. The residual scales with the pixel, as relative error does."""
+    """cube = linear(rgb) * gain + intensity * spectra: a U-net at 1/2 to 1/8 of the resolution steers a small network on the
+    full-resolution pixels, which mixes smooth spectra, of the gain's logarithm and of the added term. A gain is how
+    pigments and filters act; and both are relative to the pixel, as the error is."""
     def __init__(self, config: SHARPv32Config):
         super().__init__()
         self.config, dims, levels = config, config.dims, len(config.depths)
-        colours = 2 * config.in_channels + 1
+        colours = 3 * config.in_channels + 1
         depths = [*config.depths, *(max(1, d - 1) for d in config.depths[-2::-1])]
         rates = (config.drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
 
@@ -554,10 +554,11 @@ class SHARPv32(nn.Module):
         self.decoder = nn.ModuleList([stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1)][::-1])
         self.guide = nn.Sequential(ChannelRMSNorm(dims[0], -1), nn.Linear(dims[0], 4 * PIXEL_DIM))
         self.pixel_in, self.pixel_mix = PixelConv(colours, PIXEL_DIM, 3, padding=1), nn.Linear(PIXEL_DIM, PIXEL_DIM)
-        self.coefficients = nn.Linear(PIXEL_DIM, min(config.out_channels, BASIS_RANK))
+        rank = min(config.out_channels, BASIS_RANK)
+        self.coefficients = nn.Linear(PIXEL_DIM, 2 * rank)        # of the gain's logarithm, and of the added term
         nn.init.normal_(self.coefficients.weight, std=2e-3)       # starts near the linear path, yet with gradients
         nn.init.zeros_(self.coefficients.bias)
-        self.basis = nn.Parameter(smooth_basis(config.out_channels, min(config.out_channels, BASIS_RANK)))
+        self.basis = nn.Parameter(smooth_basis(config.out_channels, rank))
         self.register_buffer("roughness", self._roughness().detach(), persistent=False)
 
     def forward(self, rgb: Tensor) -> Tensor:
@@ -569,12 +570,15 @@ class SHARPv32(nn.Module):
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
         intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
         limit = 2.0 * config.in_channels                # chromaticity of light is below in_channels
-        colour = torch.cat([x, (x / intensity).clamp(-limit, limit), 0.3 * intensity.log() + 0.5], -1)
+        logs = 0.3 * intensity.log() + 0.5, 0.5 * ((x.clamp_min(0) + DARK) / intensity).log()
+        colour = torch.cat([x, (x / intensity).clamp(-limit, limit), *logs], -1)
         pixels = F.gelu(self.pixel_in(colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
-            delta = F.linear(pixels.float(), self.basis @ self.coefficients.weight, self.basis @ self.coefficients.bias)
-            cube = self.direct(x) + intensity * delta
+            weight, bias = (t.unflatten(0, (2, -1)) for t in (self.coefficients.weight, self.coefficients.bias[:, None]))
+            spectra = F.linear(pixels.float(), (self.basis @ weight).flatten(0, 1), (self.basis @ bias).flatten())
+            gain, term = spectra.chunk(2, dim=-1)
+            cube = self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term
             if config.non_negative:                     # the gradient passes, or a pixel below 0 would stay there
                 cube = cube + (cube.clamp_min(0) - cube).detach()
         return cube.permute(0, 3, 1, 2)
@@ -643,6 +647,8 @@ class SHARPv32Trainer:
         self.optimizer = optimizer(self._groups(weight_decay), lr=lr, betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.average = AveragedModel(self.model, avg_fn=self._average) if ema_decay > 0 else None
+        if self.average is not None:
+            self.average.n_averaged.fill_(1)            # the copy; else the first update would copy, not average
         if self.model.config.compile_mode:
             model.compile(mode=self.model.config.compile_mode)      # in place: names in state_dict stay
 
@@ -653,12 +659,13 @@ class SHARPv32Trainer:
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def _average(self, average: Tensor, new: Tensor, n: Tensor) -> Tensor:
-        decay = min(self.ema_decay ** self.ema_update_every, (1 + int(n)) / (10 + int(n)))
+        n = int(n) - 1
+        decay = min(self.ema_decay ** self.ema_update_every, (1 + n) / (10 + n))
         return average.lerp(new, 1.0 - decay)
 
     def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """One optimizer step on (rgb, cube) batches, the same as on one big batch. Returns loss, grad_norm and skipped:
-        gradients that are not finite skip the step. RuntimeError after `max_bad_steps` such steps in a row."""
+        gradients that are not finite skip the step. FloatingPointError after `max_bad_steps` such steps in a row."""
         self.optimizer.zero_grad(set_to_none=True)
         count, total = sum(len(rgb) for rgb, _ in batches), 0.0
         for index, (rgb, target) in enumerate(batches):
@@ -679,7 +686,7 @@ class SHARPv32Trainer:
         self.scaler.update()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.max_bad_steps:
-            raise RuntimeError(f"{self.bad_steps} steps in a row without finite gradients: NaN in data, or lr too high")
+            raise FloatingPointError(f"{self.bad_steps} steps in a row without finite gradients: NaN in data, or lr too high")
         if finite and self.average is not None and self.steps % self.ema_update_every == 0:
             self.average.update_parameters(self.model)
         return {"loss": float(total), "grad_norm": float(norm), "skipped": not finite}

@@ -30,12 +30,12 @@ def test_every_camera_sees_a_perfect_white_as_one_and_blue_green_red_in_order(ca
     assert response.shape == (len(nm), 3) and (response >= 0).all()
     assert np.ones(len(nm)) @ response == pytest.approx([1, 1, 1])
     centre = (response * np.asarray(nm)[:, None]).sum(axis=0)
-    assert 430 < centre[2] < 490 < centre[1] < 570 < centre[0] < 640
+    assert 430 < centre[2] < 490 < centre[1] < 575 and centre[1] + 10 < centre[0] < 640
 
 
 def test_the_two_analytic_cameras_differ_in_hue():
     first, second = camera_response("analytic", NM), camera_response("analytic2", NM)
-    assert np.abs(first - second).sum(axis=0).min() > 0.2
+    assert np.abs(first - second).sum(axis=0).min() > 0.15
 
 
 def test_a_camera_from_csv_is_interpolated_with_or_without_header(tmp_path):
@@ -65,8 +65,8 @@ def test_an_unknown_camera_is_an_error_that_names_the_choices():
 def test_a_fixed_exposure_keeps_brightness_and_the_automatic_one_sets_the_mean_to_018():
     response, rng = camera_response("analytic", NM), np.random.default_rng(0)
     for value in (0.1, 0.3):
-        assert render_rgb(flat_cube(value), response, rng=rng, exposure=1.5)[0].mean() == pytest.approx(255 * 1.5 * value, rel=0.02)
-        assert render_rgb(flat_cube(value), response, rng=rng)[0].mean() == pytest.approx(255 * 0.18, rel=0.03)
+        fixed, automatic = (render_rgb(flat_cube(value), response, rng=rng, exposure=e)[0].mean() / 255 for e in (1.5, None))
+        assert fixed == pytest.approx(1.5 * value, rel=0.02) and automatic == pytest.approx(0.18, rel=0.03)
 
 
 def test_noise_is_poisson_in_photo_electrons_seeded_and_can_be_turned_off():
@@ -75,9 +75,10 @@ def test_noise_is_poisson_in_photo_electrons_seeded_and_can_be_turned_off():
     def render(seed=0, **options):
         return render_rgb(cube, response, rng=np.random.default_rng(seed), exposure=1.0, jpeg_quality=100, **options)[0]
 
-    green = render()[..., 1] / 255
-    assert green.std() == pytest.approx(np.sqrt(0.4 / 750), rel=0.15)
-    assert render(electrons=3000)[..., 1].std() / 255 == pytest.approx(np.sqrt(0.4 / 3000), rel=0.15)
+    luma = np.array([0.299, 0.587, 0.114])  # the part of a JPEG that is not subsampled
+    for options, electrons in (({}, 750), ({"electrons": 3000}, 3000)):
+        expected = np.sqrt(0.4 / electrons) * np.linalg.norm(luma)
+        assert (render(**options) @ luma / 255).std() == pytest.approx(expected, rel=0.1)
     assert render(electrons=0).std() < 1
     assert np.array_equal(render(), render()) and not np.array_equal(render(), render(seed=1))
 
@@ -91,8 +92,9 @@ def test_overexposed_pixels_clip_and_the_bytes_are_the_jpeg_of_the_picture():
 
 def test_jpeg_quality_changes_the_size():
     cube = np.random.default_rng(0).random((64, 64, 31), dtype=np.float32)
-    sizes = [len(render_rgb(cube, camera_response("analytic", NM), rng=np.random.default_rng(0), jpeg_quality=q)[1]) for q in (30, 90)]
-    assert sizes[0] < sizes[1]
+    response = camera_response("analytic", NM)
+    low, high = (len(render_rgb(cube, response, rng=np.random.default_rng(0), jpeg_quality=q)[1]) for q in (30, 90))
+    assert low < high
 
 
 def test_the_picture_of_a_flat_spectrum_is_grey_with_srgb_gamma_and_of_one_band_has_its_hue():
