@@ -434,8 +434,7 @@ def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
         cube, rgb = load_scene(job[1], settings)
         row += f" {' x '.join(map(str, (rgb if cube is None else cube).shape))}"
         if cube is not None:
-            low, high, zeros, bad = np.nanmin(cube), np.nanmax(cube), 100 * np.mean(cube == 0), np.isnan(cube).sum()
-            row += f"  {low:.4g} to {high:.4g}  zeros {zeros:.3f} %  NaN {bad}"
+            row += f"  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}  zeros {np.mean(cube == 0):.3%}  NaN {np.isnan(cube).sum()}"
             data.check_cube(cube, job[1].cube_path)
     except UserError as error:
         row += f"  PROBLEM {error}"
@@ -496,4 +495,5 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally that ends the workers
     common.run_cli(main)

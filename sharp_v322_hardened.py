@@ -3,7 +3,6 @@
     model = create_sharp_v32("tiny", in_channels=3, out_channels=31)
     model.fit_spectral_path(rgb, cube)        # start at the best linear map from RGB to the bands
     cube = model(rgb)                         # (B, 3, H, W) -> (B, 31, H, W), any H and W from 64 up
-
 Shapes: B batch, h heads, N tokens, D head width, K keys kept, H W pixels, C channels.
 """
 
@@ -115,8 +114,7 @@ def _topk_forward(q: Tensor, k: Tensor, v: Tensor, keep: int, scale: float, bloc
 def _topk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, threshold: Tensor, keep: int,
                    scale: float, block_size: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    delta = (grad * out).sum(-1, keepdim=True)
-    buffer = q.new_empty(0)
+    delta, buffer = (grad * out).sum(-1, keepdim=True), q.new_empty(0)
     for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
         weights = _keep_and_softmax_(scores, threshold[hs, rows])
         dv[hs].baddbmm_(weights.mT, grad[hs, rows])
@@ -239,9 +237,8 @@ def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
     """Gathering whole blocks costs a hundredth of the products; the gathered keys take N / q_block * K * D."""
     n_q, n_k, heads = q.shape[1], k.shape[1], len(q)
     size = min(block_size, max(ROW_GROUP, min(64, n_k // 32)))    # so that a tenth of the blocks is a choice
-    q_size = min(q_block_size, 2 * size)
     q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % s)).unflatten(1, (-1, s)) for x, s in
-               ((q, q_size), (k, size), (v, size)))
+               ((q, min(q_block_size, 2 * size)), (k, size), (v, size)))
     blocks = k.shape[1]
     keep = min(keys_to_keep(blocks, ratio), max(1, k_cap // size))
     with torch.no_grad():                               # padded keys are zeros: they leave a sum as it is
@@ -263,8 +260,7 @@ def _odd_side(window_size: int, name: str) -> int:
 
 
 def _check_attention(q, k, v, ratio, mode, spatial_shape, sizes):
-    """Raise ValueError for shapes that do not fit and for bad values. `spatial_shape` is () when it is not needed."""
-    shapes = [tuple(x.shape) for x in (q, k, v)]
+    shapes = [tuple(x.shape) for x in (q, k, v)]        # spatial_shape: () when it is not needed
     fits = {len(x) for x in shapes} == {3} and len({x[0] for x in shapes}) == 1 and min(min(x) for x in shapes) > 0
     if not fits or shapes[0][2] != shapes[1][2] or shapes[1][1] != shapes[2][1]:
         raise ValueError(f"q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not {shapes}")
@@ -429,8 +425,7 @@ class RBFProjection(nn.Module):
         return torch.exp(-distance.clamp_min(0) * self.log_gamma.exp())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, N, D) each -> features (B, h, N, centers) whose plain product is the score. Features are centred and
-        normalised over the centres, or keys that lie near many centres would win every query."""
+        """(B, h, N, D) -> (B, h, N, centers) whose product is the score; normalised, or a few keys win everywhere."""
         q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) for x in (q, k))
         if self.key_mode == "mean":
             q, k = self.features(q) * self.temperature, self.features(k)
@@ -517,8 +512,8 @@ class GatedCrossFusion(nn.Module):
         self.attention = SpatialAttention(config, heads, half // heads, "local")
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        query = self.norm(x)
-        found = self.out(self.attention(self.to_q(query), *self.to_kv(self.norm_skip(skip)).chunk(2, -1)))
+        query, (k, v) = self.norm(x), self.to_kv(self.norm_skip(skip)).chunk(2, -1)
+        found = self.out(self.attention(self.to_q(query), k, v))
         return x + self.skip(skip) + torch.sigmoid(self.gate(query)) * found
 
 
@@ -530,9 +525,8 @@ def smooth_basis(bands: int, rank: int) -> Tensor:
 
 
 class SHARPv32(nn.Module):
-    """cube = linear(rgb) * gain + intensity * spectra: a U-net at 1/2 to 1/8 of the resolution steers a small network on the
-    full-resolution pixels, which mixes smooth spectra, of the gain's logarithm and of the added term. A gain is how
-    pigments and filters act; and both are relative to the pixel, as the error is."""
+    """cube = linear(rgb) * gain + intensity * term: a U-net at 1/2 to 1/8 of the resolution steers a small network on
+    the pixels, which mixes smooth spectra to log gain and term. Both are relative to the pixel, as the error is."""
     def __init__(self, config: SHARPv32Config):
         super().__init__()
         self.config, dims, levels = config, config.dims, len(config.depths)
@@ -569,14 +563,13 @@ class SHARPv32(nn.Module):
                              f"min_input_size = {config.min_input_size}, not {tuple(rgb.shape)}")
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
         intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
-        limit = 2.0 * config.in_channels                # chromaticity of light is below in_channels
         logs = 0.3 * intensity.log() + 0.5, 0.5 * ((x.clamp_min(0) + DARK) / intensity).log()
-        colour = torch.cat([x, (x / intensity).clamp(-limit, limit), *logs], -1)
+        colour = torch.cat([x, (x / intensity).clamp(-2.0 * x.shape[-1], 2.0 * x.shape[-1]), *logs], -1)
         pixels = F.gelu(self.pixel_in(colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
-            weight, bias = (t.unflatten(0, (2, -1)) for t in (self.coefficients.weight, self.coefficients.bias[:, None]))
-            spectra = F.linear(pixels.float(), (self.basis @ weight).flatten(0, 1), (self.basis @ bias).flatten())
+            both = torch.block_diag(self.basis, self.basis)      # one product over the pixels, not two
+            spectra = F.linear(pixels.float(), both @ self.coefficients.weight, both @ self.coefficients.bias)
             gain, term = spectra.chunk(2, dim=-1)
             cube = self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term
             if config.non_negative:                     # the gradient passes, or a pixel below 0 would stay there
@@ -619,8 +612,7 @@ def create_sharp_v32(model_size: str = "base", in_channels: int = 3, out_channel
     unknown size or field, or a bad value."""
     if model_size not in SIZES:
         raise ValueError(f"unknown model_size {model_size!r}: choose from {', '.join(SIZES)}")
-    names = SHARPv32Config.__dataclass_fields__
-    if unknown := set(overrides) - set(names):
+    if unknown := set(overrides) - set(names := SHARPv32Config.__dataclass_fields__):
         raise ValueError(f"unknown fields {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
     fields = {**SIZES[model_size], "in_channels": in_channels, "out_channels": out_channels, **overrides}
     return SHARPv32(SHARPv32Config(**fields))
@@ -659,8 +651,7 @@ class SHARPv32Trainer:
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     def _average(self, average: Tensor, new: Tensor, n: Tensor) -> Tensor:
-        n = int(n) - 1
-        decay = min(self.ema_decay ** self.ema_update_every, (1 + n) / (10 + n))
+        decay = min(self.ema_decay ** self.ema_update_every, int(n) / (9 + int(n)))       # n counts the copy, too
         return average.lerp(new, 1.0 - decay)
 
     def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -686,7 +677,7 @@ class SHARPv32Trainer:
         self.scaler.update()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= self.max_bad_steps:
-            raise FloatingPointError(f"{self.bad_steps} steps in a row without finite gradients: NaN in data, or lr too high")
+            raise FloatingPointError(f"{self.bad_steps} steps in a row had non-finite gradients; lower the lr?")
         if finite and self.average is not None and self.steps % self.ema_update_every == 0:
             self.average.update_parameters(self.model)
         return {"loss": float(total), "grad_norm": float(norm), "skipped": not finite}

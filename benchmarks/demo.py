@@ -23,8 +23,9 @@ import common_utils_v32 as common  # noqa: E402
 from optimized_dataloader import DataConfig, val_loader  # noqa: E402
 
 SCENES, SIDE, SEED = 24, 256, 0
-EPOCHS, ITERATIONS = 4, 300
-RGB_NORM, FLOOR = "unit", 0.01  # one exposure for all scenes, so brightness means something; black backgrounds
+EPOCHS, ITERATIONS = 5, 360
+RGB_NORM, FLOOR = "unit", 0.01  # one exposure for all scenes, so brightness means something; dark shadows
+TRAIN_FLOOR = 0.15  # a larger one than the metric's: the network is to win in RMSE too, which bright pixels decide
 MARGIN = 0.85  # of the linear maps' errors, at most
 
 
@@ -70,7 +71,8 @@ def main() -> int:
     run(f"a trained network: {runs / 'hsifusion_tiny'}", "hsifusion_training.py", "--data_root", str(staged),
         "--model_size", "tiny", "--patch_size", "64", "--batch_size", "4", "--epochs", str(EPOCHS),
         "--iterations_per_epoch", str(ITERATIONS), "--warmup_epochs", "0.2", "--rgb_norm", RGB_NORM,
-        "--train_floor", str(FLOOR), "--metric_floor", str(FLOOR), "--ema_decay", "0.99", "--output_dir", str(runs))
+        "--train_floor", str(TRAIN_FLOOR), "--metric_floor", str(FLOOR), "--lr", "8e-4", "--ema_decay", "0.99",
+        "--output_dir", str(runs))
     best = str(runs / "hsifusion_tiny" / "best.ckpt")
     run(f"metrics and figures of the held-out scenes: {results}", "sharp_inference.py", "--checkpoint", best, "--evaluate",
         "--data_root", str(staged), "--split", "val", "--metric_floor", str(FLOOR), "--output", str(results))

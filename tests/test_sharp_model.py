@@ -141,11 +141,13 @@ def test_half_precision_is_finite_and_close(dtype):
 
 def test_checkpointing_changes_nothing_but_memory():
     x, cube = batch(1)
-    grads = []
+    grads, calls = [], {False: 0, True: 0}
     for use in (False, True):
         model = little(use_checkpoint=use)
+        model.encoder[0][0].expand.register_forward_hook(lambda *_, use=use: calls.update({use: calls[use] + 1}))
         loss_of(model(x), cube).backward()
         grads.append([p.grad for p in model.parameters()])
+    assert calls == {False: 1, True: 2}                # computed again in the backward
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 

@@ -5,7 +5,7 @@
 # Needs the packages slurm-wlm and munge. The daemons end by themselves after 15 minutes.
 # Partitions: `low`, whose jobs have 60 s before they are requeued for a job in `high`.
 
-set -euo pipefail
+set -Eeuo pipefail
 PATH=$PATH:/usr/sbin
 
 # Waits up to 20 s for a command to succeed.
@@ -14,7 +14,8 @@ await() {
     if "$@" 2>/dev/null; then return; fi
     sleep 0.1
   done
-  echo "error: still not so after 20 s: $* (logs: $dir/log)" >&2 && exit 1
+  echo "error: still not so after 20 s: $* (logs: $dir/log)" >&2
+  return 1
 }
 
 daemon() {
@@ -74,15 +75,14 @@ CONF
 }
 
 stop() {
-  scancel --user="$(id -un)"
-  (await no_jobs) || true
-  xargs kill <"$dir/pids"
+  if timeout 10 scancel --user="$(id -un)"; then await no_jobs || true; fi
+  xargs kill <"$dir/pids" || true
 }
 
 dir=$(realpath -m "$2")
 export SLURM_CONF=$dir/slurm.conf
 case $1 in
-  start) start ;;
+  start) trap stop ERR && start ;;
   stop) stop ;;
   *) echo "usage: $0 start|stop DIR" >&2 && exit 2 ;;
 esac
