@@ -442,10 +442,12 @@ class RunLog:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For a loader's workers: launchers signal the whole process group, but the trainer needs them to end its step."""
+def leave_process_group(worker: int) -> None:
+    """For a loader's workers: launchers signal the trainer's whole process group, and the trainer needs its workers to
+    end its step. They keep the default handlers, by which the loader itself ends them."""
+    os.setsid()
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
 
 
 class StopSignal:

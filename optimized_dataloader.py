@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, ignore_stop_signals, normalise_rgb, opt
+from common_utils_v32 import UserError, leave_process_group, normalise_rgb, opt
 
 CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
 WAVELENGTH_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl")
@@ -577,7 +577,7 @@ class TrainLoader:
             workers = 0  # a spawned worker would copy all scenes
         self.loader = DataLoader(
             dataset, batch_size=None, sampler=self.positions, num_workers=workers, persistent_workers=workers > 0,
-            worker_init_fn=ignore_stop_signals, generator=torch.Generator(),  # else each pass would draw from the model's
+            worker_init_fn=leave_process_group, generator=torch.Generator(),  # else each pass would draw from the model's
             pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if in_ram and workers else None)
         self.set_position(0)
 
