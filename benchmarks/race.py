@@ -139,7 +139,8 @@ def main() -> int:
                 steps = train(model, train_scenes, 60 * args.minutes, seed)
                 results.append({"model": name, "seed": seed, "split": label, "steps": steps, "scenes": score(model, held_out)})
                 shown = {k: v for k, v in results[-1].items() if k != "scenes"}
-                mean = {m: round(float(np.mean([s[m] for s in results[-1]["scenes"].values()])), 4) for m in ("mrae", "rmse", "sam")}
+                scores = results[-1]["scenes"].values()
+                mean = {m: round(float(np.mean([s[m] for s in scores])), 4) for m in ("mrae", "rmse", "sam")}
                 print(shown | mean, flush=True)
                 if args.json:
                     common.write_json(args.json, {"settings": {k: str(v) for k, v in vars(args).items()},
