@@ -24,8 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import common_utils_v32 as common  # noqa: E402
 from race import RIVAL, build  # noqa: E402
+
+import common_utils_v32 as common  # noqa: E402
 
 SIDES = {"128": (128, 128), "256": (256, 256), "482x512": (482, 512), "964x1024": (964, 1024)}
 REPEATS = {"128": 7, "256": 5, "482x512": 3, "964x1024": 1, "step": 7}

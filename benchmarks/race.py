@@ -8,7 +8,6 @@ clip 1.0, weights as they are at the end. Fitting the spectral path counts as tr
 it is the same for all. Nothing else may run on the machine.
 """
 
-import argparse
 import importlib
 import math
 import sys

@@ -36,7 +36,8 @@ def plain_process(monkeypatch):
 
 
 def arguments(trainer, data, out, *more):
-    return [*BASE, *SMALL[trainer], "--data_root", str(data), "--output_dir", str(out), "--experiment_name", "run", *map(str, more)]
+    places = ["--data_root", str(data), "--output_dir", str(out), "--experiment_name", "run"]
+    return [*BASE, *SMALL[trainer], *places, *map(str, more)]
 
 
 def settings(trainer, data, out, *more):
