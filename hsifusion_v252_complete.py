@@ -17,6 +17,7 @@ copy between the two. Levels halve with a ceiling, so no size needs padding but 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ PIXEL_CHANNELS = 48  # width of the full-resolution network
 CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
 DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
 GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
+STRIP_FLOATS = 1 << 20  # of one temporary where no gradient is recorded: larger ones are mapped anew by every operation
 
 
 @dataclass
@@ -120,24 +122,45 @@ def depth_to_space(x: Tensor, height: int, width: int) -> Tensor:
     return x.flatten(1, 2).flatten(2, 3)[:, :height, :width]
 
 
+def brightness(x: Tensor) -> Tensor:
+    """Mean of the channels of (B, H, W, C), DARK above 0, (B, H, W, 1)."""
+    return x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
+
+
+def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
+    """Rows of x (B, H, W, C) to read, and which of those to keep: all at once while gradients are recorded, else strips
+    whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context around each."""
+    height = x.shape[1]
+    rows = height if torch.is_grad_enabled() else max(4, STRIP_FLOATS // (len(x) * x.shape[2] * channels))
+    tops = [(max(0, top - halo), top) for top in range(0, height, rows)]
+    return [(slice(start, top + rows + halo), slice(top - start, top - start + rows)) for start, top in tops]
+
+
+def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo: int = 0) -> Tensor:
+    """function(*xs), which maps rows of (B, H, W, C) to rows and sees `halo` rows to either side."""
+    parts = [function(*(x[:, read] for x in xs))[:, keep] for read, keep in row_strips(xs[0], channels, halo)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
 def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Cosines and sines (2, height * width, dim / 2) that turn a head of width `dim`: its first half pairs by row, its
-    second by column (2-D rotary position embedding, Su et al. 2021). Wavelengths run from 2 pi to about 100 tokens."""
+    """Cosines and signed sines (2, height * width, dim) that turn a head of width `dim`: pairs (i, i + dim / 2), the first
+    half of them by row, the second by column (2-D rotary position embedding, Su et al. 2021). Wavelengths run from 2 pi
+    to about 100 tokens."""
     frequency = 16.0 ** -(torch.arange(dim // 4, device=device) / max(1, dim // 4))
     rows = (torch.arange(height, device=device)[:, None] * frequency)[:, None].expand(height, width, -1)
     columns = (torch.arange(width, device=device)[:, None] * frequency)[None].expand(height, width, -1)
     angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    return torch.stack([angle.cos(), angle.sin()])
+    return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=-1)])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept."""
-    a, b = x.chunk(2, dim=-1)
+    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept. Whole rows are multiplied:
+    to cut them into halves first takes five times as long."""
     cos, sin = table.to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def window_count(side: int, window: int, stride: int) -> int:
@@ -145,17 +168,19 @@ def window_count(side: int, window: int, stride: int) -> int:
     return 1 + max(0, math.ceil((side - window) / stride))
 
 
-def extract_windows(x: Tensor, window: int, stride: int) -> Tensor:
-    """(B, H, W, C) -> (B, rows, columns, window, window, C): overlapping windows, zeros past the right and bottom."""
+def extract_windows(x: Tensor, window: int, stride: int, groups: int = 1) -> Tensor:
+    """(B, H, W, C) -> (groups, B, rows, columns, window, window, C / groups): overlapping windows, zeros past the right
+    and bottom. Needs window <= 2 stride: a window is its own `stride` tokens and the first of the next one's."""
     rows, columns = (window_count(side, window, stride) for side in x.shape[1:3])
-    bottom, right = (rows - 1) * stride + window - x.shape[1], (columns - 1) * stride + window - x.shape[2]
-    x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    return x.unfold(1, window, stride).unfold(2, window, stride).permute(0, 1, 2, 4, 5, 3)
+    x = F.pad(x, (0, 0, 0, (columns + 1) * stride - x.shape[2], 0, (rows + 1) * stride - x.shape[1]))
+    x = x.unflatten(1, (-1, stride))
+    x = torch.cat([x[:, :-1], x[:, 1:, : window - stride]], dim=2)  # B, rows, window, W, C
+    x = x.unflatten(3, (-1, stride)).unflatten(5, (groups, -1)).permute(5, 0, 1, 3, 2, 4, 6)
+    return torch.cat([x[:, :, :, :-1], x[:, :, :, 1:, :, : window - stride]], dim=5)
 
 
 def _merge_axis(x: Tensor, stride: int) -> Tensor:
-    """Add up windows (A, n, window, ...) that start every `stride` along one axis -> (A, (n - 1) stride + window, ...).
-    Needs window <= 2 stride: then each position lies in a window's first `stride` or in the tail of the one before."""
+    """Add up windows (A, n, window, ...) that start every `stride` along one axis -> (A, (n - 1) stride + window, ...)."""
     count, window = x.shape[1:3]
     if window == stride:
         return x.flatten(1, 2)
@@ -165,90 +190,119 @@ def _merge_axis(x: Tensor, stride: int) -> Tensor:
     return (heads + tails).flatten(1, 2)[:, : (count - 1) * stride + window]
 
 
-def _covers(side: int, window: int, stride: int, device: torch.device) -> Tensor:
-    """How many windows cover each of `side` positions."""
-    count = window_count(side, window, stride)
-    return _merge_axis(torch.ones(1, count, window, device=device), stride)[0, :side]
+def add_windows(x: Tensor, stride: int) -> Tensor:
+    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups D): the sum over the windows that cover a token.
+    H and W reach as far as the windows do."""
+    groups, batch, rows, columns, window = x.shape[:5]
+    x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
+    x = _merge_axis(x, stride)  # rows of tokens x (columns, window, groups, D)
+    return _merge_axis(x.reshape(batch * x.shape[1], columns, window, -1), stride).unflatten(0, (batch, -1))
 
 
 def merge_windows(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """(B, rows, columns, window, window, C) -> (B, height, width, C): the mean over the windows that cover a token."""
-    batch, rows, columns, window = x.shape[:4]
-    x = _merge_axis(x.transpose(2, 3).reshape(batch, rows, window, -1), stride)  # rows of tokens x (columns, window, C)
-    tall = x.shape[1]
-    x = _merge_axis(x.reshape(batch * tall, columns, window, -1), stride).unflatten(0, (batch, tall))[:, :height, :width]
-    covers = [_covers(side, window, stride, x.device).to(x.dtype) for side in (height, width)]
-    return x / (covers[0][:, None] * covers[1])[..., None]
+    """(groups, B, rows, columns, window, window, D) -> (B, height, width, groups D): the mean over the windows that cover
+    a token."""
+    return add_windows(x, stride)[:, :height, :width] / coverage(height, width, x.shape[4], stride, x)
+
+
+def coverage(height: int, width: int, window: int, stride: int, like: Tensor) -> Tensor:
+    """How many windows cover each token, (height, width, 1)."""
+    sides = []
+    for side in (height, width):
+        ones = like.new_ones(1, window_count(side, window, stride), window)
+        sides.append(_merge_axis(ones, stride)[0, :side])
+    return (sides[0][:, None] * sides[1])[..., None]
 
 
 class WindowAttention(nn.Module):
     """Attention of some heads in space: in overlapping windows, or over the whole frame (dense or sparse)."""
 
-    def __init__(self, config: LightningProConfig, dim: int, heads: int) -> None:
+    def __init__(self, config: LightningProConfig, dim: int, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads, self.head_dim = heads, width // heads
+        self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.window = config.window_size if config.use_sliding_window else 0
         self.stride = config.window_size - config.window_size // 4
         self.use_rope, self.sparse = config.use_rope, config.use_sparse_attention
         side = max(self.window, 1)
         self.register_buffer("table", rotary_table(side, side, self.head_dim), persistent=False)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """(B, H, W, 3 dim) -> (B, H, W, dim)."""
-        return self.in_windows(qkv) if self.window else self.whole_frame(qkv)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, width)."""
+        return self.in_windows(x) if self.window else self.whole_frame(x)
 
-    def in_windows(self, qkv: Tensor) -> Tensor:
-        height, width = qkv.shape[1:3]
-        windows = extract_windows(qkv, self.window, self.stride)
-        batch, rows, columns = windows.shape[:3]
-        q, k, v = self.split(windows.reshape(batch * rows * columns, self.window**2, -1), self.table)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding_mask(qkv, batch))
-        out = out.transpose(1, 2).reshape(batch, rows, columns, self.window, self.window, -1)
-        return merge_windows(out, height, width, self.stride)
+    def in_windows(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        read, _ = row_strips(x, 4 * self.heads * self.head_dim)[0]
+        strip, total = max(1, read.stop // self.stride), None  # rows of windows
+        for row in range(0, window_count(height, self.window, self.stride), strip):
+            top = row * self.stride
+            part = self.one_strip(x[:, top : top + (strip - 1) * self.stride + self.window])[:, : height - top, :width]
+            if part.shape[1] == height:
+                total = part
+                break
+            total = part.new_zeros(len(x), height, width, part.shape[3]) if total is None else total
+            total[:, top : top + part.shape[1]] += part
+        return total / coverage(height, width, self.window, self.stride, total)
 
-    def padding_mask(self, x: Tensor, batch: int) -> Tensor | None:
-        """True where a window's key is a token of the frame, (windows, 1, 1, keys); None where all are."""
+    def one_strip(self, x: Tensor) -> Tensor:
+        """The sum over windows of their attention, (B, H, W, width) as far as they reach."""
+        q, k, v = extract_windows(self.qkv(x), self.window, self.stride, 3 * self.heads).unflatten(0, (3, -1))
+        shape = v.shape
+        q, k, v = (t.reshape(self.heads, -1, self.window**2, self.head_dim) for t in (q, k, v))
+        if self.use_rope:
+            q, k = rotate(q, self.table), rotate(k, self.table)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding_mask(x))
+        return add_windows(out.view(shape), self.stride)
+
+    def padding_mask(self, x: Tensor) -> Tensor | None:
+        """True where a window's key is a token of the frame, (1, windows, 1, keys); None where all are."""
         if all((side - self.window) % self.stride == 0 and side >= self.window for side in x.shape[1:3]):
             return None
         inside = torch.ones(1, *x.shape[1:3], 1, dtype=torch.bool, device=x.device)
-        mask = extract_windows(inside, self.window, self.stride).reshape(-1, 1, 1, self.window**2)
-        return mask.repeat(batch, 1, 1, 1)
+        mask = extract_windows(inside, self.window, self.stride).reshape(1, -1, 1, self.window**2)
+        return mask.repeat(1, len(x), 1, 1)
 
-    def whole_frame(self, qkv: Tensor) -> Tensor:
-        batch, height, width, _ = qkv.shape
-        table = rotary_table(height, width, self.head_dim, qkv.device) if self.use_rope else None
-        q, k, v = self.split(qkv.flatten(1, 2), table)
+    def whole_frame(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.use_rope:
+            table = rotary_table(height, width, self.head_dim, x.device)
+            q, k = rotate(q, table), rotate(k, table)
         if self.sparse:
-            flat = (x.flatten(0, 1) for x in (q, k, v))
+            flat = (t.flatten(0, 1) for t in (q, k, v))
             out = sparse_attention_topk_streaming(*flat, spatial_shape=(height, width)).unflatten(0, (batch, self.heads))
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(batch, height, width, -1)
 
-    def split(self, tokens: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3 dim) -> q, k, v of (B, h, N, D), q and k turned."""
-        q, k, v = tokens.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (rotate(q, table), rotate(k, table), v) if self.use_rope else (q, k, v)
-
 
 class SpectralAttention(nn.Module):
     """Attention between channels: the softmax runs over a head's channels, the products over all pixels, so its cost is
-    linear in them and every pixel sees the whole frame (as MST and Restormer do)."""
+    linear in them and every pixel sees the whole frame (as MST and Restormer do). All that it needs of a frame is how its
+    channels correlate, X'X: q'k is Wq' X'X Wk; and what it does to a pixel is one linear map, the weights times Wv."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, dim: int, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * width, bias=False)
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """(B, H, W, 3 dim) -> (B, H, W, dim)."""
-        batch, height, width, _ = qkv.shape
-        q, k, v = qkv.reshape(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 4, 1)  # B, h, D, N
-        # cosine of two channels; sums over many pixels are kept in float32
-        norm_q, norm_k = (x.float().norm(dim=-1).clamp_min(1e-6) for x in (q, k))
-        cosine = (q @ k.transpose(-1, -2)).float() / (norm_q[..., :, None] * norm_k[..., None, :])
-        weights = (cosine * self.temperature).softmax(dim=-1)
-        return (weights.to(v.dtype) @ v).permute(0, 3, 1, 2).reshape(batch, height, width, -1)
+    def frame_map(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, dim, width): what attention over this frame does to each of its pixels."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.flatten(1, 2).to(wide)
+        q, k, v = self.qkv.weight.to(wide).unflatten(0, (3, self.heads, -1))  # h, D, dim
+        with torch.autocast(x.device.type, enabled=False):  # sums over many pixels are kept in float32
+            gram = (x.transpose(1, 2) @ x)[:, None]
+            from_q, from_k = q @ gram, k @ gram
+            norm_q, norm_k = ((a * b).sum(-1).clamp_min(1e-12).sqrt() for a, b in ((from_q, q), (from_k, k)))
+            cosine = from_q @ k.transpose(-1, -2) / (norm_q[..., :, None] * norm_k[..., None, :])
+            return ((cosine * self.temperature).softmax(dim=-1) @ v).flatten(1, 2).transpose(1, 2)
+
+    def forward(self, x: Tensor, frame_map: Tensor) -> Tensor:
+        """Some rows of the frame (B, H, W, dim) -> (B, H, W, width)."""
+        return (x.flatten(1, 2) @ frame_map).unflatten(1, x.shape[1:3])
 
 
 class CrossAttention(nn.Module):
@@ -320,31 +374,34 @@ class MixtureOfExperts(nn.Module):
 
 class LightningProBlock(nn.Module):
     """Norm, attention, residual; norm, MLP or experts, residual. Half of the heads attend in space and half between
-    channels, from one projection, so the block costs as much as one attention."""
+    channels, so the block costs as much as one attention."""
 
     def __init__(self, config: LightningProConfig, dim: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
         spectral = heads // 2 if config.enable_spectral else 0
-        self.spatial_dim = dim * (heads - spectral) // heads
+        spatial_dim = dim * (heads - spectral) // heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.spatial = WindowAttention(config, self.spatial_dim, heads - spectral)
-        self.spectral = SpectralAttention(spectral) if spectral else None
+        self.spatial = WindowAttention(config, dim, spatial_dim, heads - spectral)
+        self.spectral = SpectralAttention(dim, dim - spatial_dim, spectral) if spectral else None
+        self.proj = nn.Linear(dim, dim)
         self.mlp = MixtureOfExperts(config, dim) if config.use_moe else Mlp(config, dim)
+        self.hidden = int(dim * config.mlp_ratio)
         self.scale1, self.scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.drop_path = DropPath(drop_path)
 
-    def attention(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        out = self.spatial(qkv[..., : 3 * self.spatial_dim])
-        if self.spectral is not None:
-            out = torch.cat([out, self.spectral(qkv[..., 3 * self.spatial_dim :])], dim=-1)
-        return self.proj(out)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same shape."""
-        x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x)))
-        return x + self.drop_path(self.scale2 * self.mlp(self.norm2(x)))
+        normed = self.norm1(x)
+        spatial = self.spatial(normed)
+        frame_map = self.spectral.frame_map(normed) if self.spectral is not None else None
+
+        def rest(x: Tensor, normed: Tensor, heads: Tensor) -> Tensor:
+            if frame_map is not None:
+                heads = torch.cat([heads, self.spectral(normed, frame_map)], dim=-1)
+            x = x + self.drop_path(self.scale1 * self.proj(heads))
+            return x + self.drop_path(self.scale2 * self.mlp(self.norm2(x)))
+
+        return in_strips(rest, x, normed, spatial, channels=self.hidden, halo=1)
 
 
 class TokenGroupNorm(nn.GroupNorm):
@@ -400,19 +457,35 @@ class HSIFusionNet(nn.Module):
             raise ValueError(f"input {tuple(rgb.shape)}: need (B, {config.in_channels}, H, W) with sides of at least "
                              f"min_input_size = {config.min_input_size}")
         x = rgb.permute(0, 2, 3, 1).contiguous()
-        intensity = x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
-        logs = intensity.log(), ((x.clamp_min(0) + DARK) / intensity).log()
-        colour = torch.cat([x, x / intensity, 0.5 + 0.3 * logs[0], 0.5 * logs[1]], dim=-1)  # all of order 1
-        guide = depth_to_space(self.to_pixels(self.trunk(colour)), *x.shape[1:3])
-        pixels = F.gelu(convolve(self.pixel_in, colour, config.use_channels_last) + guide)
-        pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        gain, term = self.head(pixels).float().chunk(2, dim=-1)
-        outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
-        if config.estimate_uncertainty:
-            outputs.append(intensity * F.softplus(self.scale_head(pixels)).float() + 1e-4)
-        outputs = [y.float().permute(0, 3, 1, 2) for y in outputs]
+        colour = self.colours(x)
+        features = self.trunk(colour)
+        parts = []
+        for read, keep in row_strips(features, 8 * self.config.out_channels, halo=1):  # a row of features has two rows of pixels
+            pixels, keep = slice(2 * read.start, 2 * read.stop), slice(2 * keep.start, 2 * keep.stop)
+            parts.append([y[:, keep] for y in self.bands(x[:, pixels], colour[:, pixels], features[:, read])])
+        outputs = [y[0] if len(y) == 1 else torch.cat(y, dim=1) for y in zip(*parts, strict=True)]
+        outputs = [y.permute(0, 3, 1, 2) for y in outputs]
         outputs = outputs if config.use_channels_last else [y.contiguous() for y in outputs]
         return tuple(outputs) if config.estimate_uncertainty else outputs[0]
+
+    def colours(self, x: Tensor) -> Tensor:
+        """x (B, H, W, in), x over its intensity, and the logarithms of both, (B, H, W, 3 in + 1), all of order 1."""
+        intensity = brightness(x)
+        chroma = ((x.clamp_min(0) + DARK) / intensity).log()
+        return torch.cat([x, x / intensity, 0.5 + 0.3 * intensity.log(), 0.5 * chroma], dim=-1)
+
+    def bands(self, x: Tensor, colour: Tensor, features: Tensor) -> list[Tensor]:
+        """The per-pixel network, on rows of pixels and the trunk's features under them: the cube (B, H, W, out), and its
+        scale where the model has one."""
+        guide = depth_to_space(self.to_pixels(features), *x.shape[1:3])
+        pixels = F.gelu(convolve(self.pixel_in, colour, self.config.use_channels_last) + guide)
+        pixels = pixels + F.gelu(self.pixel_mix(pixels))
+        gain, term = self.head(pixels).float().chunk(2, dim=-1)
+        intensity = brightness(x).float()
+        outputs = [self.direct(x).float() * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
+        if self.config.estimate_uncertainty:
+            outputs.append(intensity * F.softplus(self.scale_head(pixels)).float() + 1e-4)
+        return outputs
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""

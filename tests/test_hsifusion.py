@@ -196,7 +196,7 @@ def test_merged_windows_give_back_the_image_and_their_gradient_is_right(side, wi
     x = torch.randn(2, *side, 3, dtype=torch.float64, requires_grad=True)
     windows = hsi.extract_windows(x, window, stride)
     torch.testing.assert_close(hsi.merge_windows(windows, *side, stride), x)
-    assert windows.shape[3:5] == (window, window)
+    assert windows.shape[4:6] == (window, window)
 
 
 def test_window_merge_gradcheck():
@@ -208,26 +208,26 @@ def test_window_merge_gradcheck():
 def test_window_padding_is_masked():
     """Window attention of a 10 x 13 frame equals attention computed window by window over the real tokens alone."""
     torch.manual_seed(0)
-    config = LightningProConfig()
-    attention = hsi.WindowAttention(config, 16, 2).double()
-    qkv = torch.randn(1, 10, 13, 48, dtype=torch.float64)
+    attention = hsi.WindowAttention(LightningProConfig(), 16, 16, 2).double()
+    x = torch.randn(1, 10, 13, 16, dtype=torch.float64)
     out, covers = torch.zeros(10, 13, 16, dtype=torch.float64), torch.zeros(10, 13, 1, dtype=torch.float64)
     for top in range(0, 10 - 2, 6):
         for left in range(0, 13 - 2, 6):
-            part = qkv[:, top : top + 8, left : left + 8]
+            part = attention.qkv(x[:, top : top + 8, left : left + 8])
             h, w = part.shape[1:3]
             table = attention.table.view(2, 8, 8, -1)[:, :h, :w].flatten(1, 2)
-            q, k, v = attention.split(part.reshape(1, h * w, 48), table)
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h, w, 16)
-            out[top : top + 8, left : left + 8] += y
+            q, k, v = part.reshape(1, h * w, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(hsi.rotate(q, table), hsi.rotate(k, table), v)
+            out[top : top + 8, left : left + 8] += y.transpose(1, 2).reshape(h, w, 16)
             covers[top : top + 8, left : left + 8] += 1
-    torch.testing.assert_close(attention(qkv)[0], out / covers)
+    torch.testing.assert_close(attention(x)[0], out / covers)
 
 
 def test_global_and_sparse_attention_see_the_whole_frame():
     for sparse in (False, True):
         config = LightningProConfig(use_sliding_window=False, use_sparse_attention=sparse, use_rope=False)
-        attention = hsi.WindowAttention(config, 16, 2)
+        attention = hsi.WindowAttention(config, 48, 16, 2)
+        torch.nn.init.eye_(attention.qkv.weight)
         qkv = torch.randn(1, 12, 12, 48)
         out, moved = attention(qkv), qkv.clone()
         moved[0, 11, 11, 32:] += 100.0  # a far value, in the keys' place of a corner query
@@ -237,21 +237,31 @@ def test_global_and_sparse_attention_see_the_whole_frame():
 
 def test_spectral_attention_is_a_softmax_over_channels():
     torch.manual_seed(0)
-    attention = hsi.SpectralAttention(2)
-    qkv = torch.randn(1, 6, 5, 24)
-    q, k, v = qkv.view(30, 3, 2, 4).unbind(1)
+    attention = hsi.SpectralAttention(12, 8, 2)
+    x = torch.randn(1, 6, 5, 12)
+    q, k, v = attention.qkv(x).view(30, 3, 2, 4).unbind(1)
     expected = torch.empty(30, 2, 4)
     for head in range(2):
-        a, b = (F.normalize(x[:, head], dim=0) for x in (q, k))
+        a, b = (F.normalize(t[:, head], dim=0) for t in (q, k))
         expected[:, head] = v[:, head] @ (4 * a.T @ b).softmax(dim=-1).T
-    torch.testing.assert_close(attention(qkv).view(30, 2, 4), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention(x, attention.frame_map(x)).view(30, 2, 4), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (87, 79)])
+@pytest.mark.parametrize("features", [{}, {"estimate_uncertainty": True, "use_cross_attention": True}])
+def test_strips_change_nothing(monkeypatch, size, features):
+    model, x = small(**features).eval(), torch.rand(2, 3, *size)
+    with torch.no_grad():
+        whole = model(x)
+        monkeypatch.setattr(hsi, "STRIP_FLOATS", 1)  # the thinnest that are cut
+        torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_every_query_and_key_gets_a_gradient_and_depends_on_every_channel():
     model = small()
     model(torch.rand(1, 3, 64, 64)).square().mean().backward()
     for block in (m for m in model.modules() if isinstance(m, LightningProBlock)):
-        for part in block.qkv.weight.grad.chunk(3):
+        for part in (*block.spatial.qkv.weight.grad.chunk(3), *block.spectral.qkv.weight.grad.chunk(3)):
             assert (part.abs().sum(dim=0) > 0).all()
 
 
