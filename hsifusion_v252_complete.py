@@ -129,9 +129,9 @@ def brightness(x: Tensor) -> Tensor:
 
 def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
     """Rows of x (B, H, W, C) to read, and which of those to keep: all at once while gradients are recorded, else strips
-    whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context around each."""
+    (of even height) whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context around each."""
     height = x.shape[1]
-    rows = height if torch.is_grad_enabled() else max(4, STRIP_FLOATS // (len(x) * x.shape[2] * channels))
+    rows = height if torch.is_grad_enabled() else max(4, STRIP_FLOATS // (len(x) * x.shape[2] * channels) // 2 * 2)
     tops = [(max(0, top - halo), top) for top in range(0, height, rows)]
     return [(slice(start, top + rows + halo), slice(top - start, top - start + rows)) for start, top in tops]
 
@@ -232,18 +232,16 @@ class WindowAttention(nn.Module):
         return self.in_windows(x) if self.window else self.whole_frame(x)
 
     def in_windows(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        read, _ = row_strips(x, 4 * self.heads * self.head_dim)[0]
-        strip, total = max(1, read.stop // self.stride), None  # rows of windows
-        for row in range(0, window_count(height, self.window, self.stride), strip):
-            top = row * self.stride
-            part = self.one_strip(x[:, top : top + (strip - 1) * self.stride + self.window])[:, : height - top, :width]
-            if part.shape[1] == height:
-                total = part
-                break
-            total = part.new_zeros(len(x), height, width, part.shape[3]) if total is None else total
-            total[:, top : top + part.shape[1]] += part
-        return total / coverage(height, width, self.window, self.stride, total)
+        (height, width), (window, stride) = x.shape[1:3], (self.window, self.stride)
+        rows = row_strips(x, 4 * self.heads * self.head_dim)[0][0].stop
+        if rows >= height:
+            total = self.one_strip(x)[:, :height, :width]
+        else:
+            total, strip = x.new_zeros(len(x), height, width, self.heads * self.head_dim), max(1, rows // stride)
+            for top in range(0, window_count(height, window, stride) * stride, strip * stride):
+                part = self.one_strip(x[:, top : top + (strip - 1) * stride + window])[:, : height - top, :width]
+                total[:, top : top + part.shape[1]] += part
+        return total / coverage(height, width, window, stride, total)
 
     def one_strip(self, x: Tensor) -> Tensor:
         """The sum over windows of their attention, (B, H, W, width) as far as they reach."""
@@ -409,7 +407,7 @@ class TokenGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.num_groups, -1))
-        return F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias
+        return torch.addcmul(self.bias, F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2), self.weight)
 
 
 class HSIFusionNet(nn.Module):
@@ -496,7 +494,7 @@ class HSIFusionNet(nn.Module):
             x = self.run(stage, x)
             if level < len(self.down):
                 skips.append(x)
-                x = self.down[level](space_to_depth(x))
+                x = in_strips(lambda x, down=self.down[level]: down(space_to_depth(x)), x, channels=2 * x.shape[3])
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
             x = depth_to_space(self.up[step](x), *skip.shape[1:3])
