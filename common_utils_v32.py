@@ -618,6 +618,50 @@ class DropPath(nn.Module):
         return x * keep.to(x.dtype) / (1 - self.p)
 
 
+def space_to_depth(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C); an odd side repeats its last row or column."""
+    if x.shape[1] % 2:
+        x = torch.cat([x, x[:, -1:]], dim=1)
+    if x.shape[2] % 2:
+        x = torch.cat([x, x[:, :, -1:]], dim=2)
+    x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # B, H/2, 2, W/2, 2, C
+    return x.transpose(2, 3).flatten(3)
+
+
+def depth_to_space(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w, 4C) -> (B, height, width, C), the inverse of space_to_depth."""
+    x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)
+    return x.flatten(1, 2).flatten(2, 3)[:, :height, :width]
+
+
+class SpectralAttention(nn.Module):
+    """Attention between channels: the softmax runs over a head's channels, the products over all pixels, so its cost is
+    linear in them and every pixel sees the whole frame (as MST and Restormer do). All that it needs of a frame is how its
+    channels correlate, X'X: q'k is Wq' X'X Wk; and what it does to a pixel is one linear map, the weights times Wv."""
+
+    def __init__(self, dim: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * width, bias=False)
+        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
+
+    def frame_map(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, dim, width): what attention over this frame does to each of its pixels."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.flatten(1, 2).to(wide)
+        q, k, v = self.qkv.weight.to(wide).unflatten(0, (3, self.heads, -1))  # h, D, dim
+        with torch.autocast(x.device.type, enabled=False):  # sums over many pixels are kept in float32
+            gram = (x.transpose(1, 2) @ x)[:, None]
+            from_q, from_k = q @ gram, k @ gram
+            norm_q, norm_k = ((a * b).sum(-1).clamp_min(1e-12).sqrt() for a, b in ((from_q, q), (from_k, k)))
+            cosine = from_q @ k.transpose(-1, -2) / (norm_q[..., :, None] * norm_k[..., None, :])
+            return ((cosine * self.temperature).softmax(dim=-1) @ v).flatten(1, 2).transpose(1, 2)
+
+    def forward(self, x: Tensor, frame_map: Tensor) -> Tensor:
+        """Some rows of the frame (B, H, W, dim) -> (B, H, W, width)."""
+        return (x.flatten(1, 2) @ frame_map).unflatten(1, x.shape[1:3])
+
+
 def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor = 0.0, high: float | Tensor = 255.0) -> Tensor:
     """uint8-valued RGB -> float32: `unit` divides by 255, `per_image` maps the whole image's [low, high] to [0, 1]."""
     rgb = rgb.float()

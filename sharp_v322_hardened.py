@@ -18,7 +18,15 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from common_utils_v32 import DropPath, build_from_checkpoint, fit_linear_spectral_path, opt
+from common_utils_v32 import (
+    DropPath,
+    SpectralAttention,
+    build_from_checkpoint,
+    depth_to_space,
+    fit_linear_spectral_path,
+    opt,
+    space_to_depth,
+)
 
 SPARSE_MODES, KEY_RBF_MODES = ("topk", "block", "sparsemax", "local"), ("linear", "mean", "none")
 TILE = 8                      # side in pixels of a query tile of local attention
@@ -396,18 +404,6 @@ class PixelConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _shrink(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C). An odd side repeats its end: every token holds real pixels."""
-    x = torch.cat([x, x[:, -1:]], 1) if x.shape[1] % 2 else x
-    x = torch.cat([x, x[:, :, -1:]], 2) if x.shape[2] % 2 else x
-    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
-
-
-def _grow(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, h, w, 4C) -> (B, height, width, C), the inverse."""
-    return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :height, :width]
-
-
 class RBFProjection(nn.Module):
     """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys, about 0.14 each at the start."""
     def __init__(self, heads: int, width: int, centers: int, key_mode: str):
@@ -454,34 +450,17 @@ class SpatialAttention(nn.Module):
         return out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2).unflatten(1, shape)
 
 
-class SpectralAttention(nn.Module):
-    """Attention between a head's channels, over all pixels: every pixel sees the frame, in linear time."""
-    def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.temperature = nn.Parameter(torch.full((heads, 1, 1), 4.0))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shape = q.shape
-        q, k, v = (x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))      # B, h, N, D
-        with torch.autocast(q.device.type, enabled=False):      # sums over a whole frame leave the range of float16
-            q, k = q.float(), k.float()
-            length = q.norm(dim=2).clamp_min(1e-6)[..., None] * k.norm(dim=2).clamp_min(1e-6)[:, :, None]
-            weights = (q.mT @ k / length * self.temperature).softmax(-1)
-        return (v @ weights.to(v.dtype).mT).transpose(1, 2).reshape(shape)
-
-
 class MultiScaleAttention(nn.Module):
-    """One projection, two branches: half of the channels attend in space, half are mixed by what the frame holds."""
+    """Two branches: half of the channels attend in space, half are mixed by what the frame holds."""
     def __init__(self, config: SHARPv32Config, dim: int, heads: int, mode: str):
         super().__init__()
-        self.to_qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.to_qkv, self.out = nn.Linear(dim, 3 * (dim // 2), bias=False), nn.Linear(dim, dim)
         self.spatial = SpatialAttention(config, heads, dim // 2 // heads, mode)
-        self.spectral = SpectralAttention(heads)
+        self.spectral = SpectralAttention(dim, dim // 2, heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, q2, k, k2, v, v2 = self.to_qkv(x).chunk(6, -1)
-        return self.out(torch.cat([self.spatial(q, k, v), self.spectral(q2, k2, v2)], -1))
+        local = self.spatial(*self.to_qkv(x).chunk(3, -1))
+        return self.out(torch.cat([local, self.spectral(x, self.spectral.frame_map(x))], -1))
 
 
 class Block(nn.Module):
@@ -565,7 +544,7 @@ class SHARPv32(nn.Module):
         intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
         logs = 0.3 * intensity.log() + 0.5, 0.5 * ((x.clamp_min(0) + DARK) / intensity).log()
         colour = torch.cat([x, (x / intensity).clamp(-2.0 * x.shape[-1], 2.0 * x.shape[-1]), *logs], -1)
-        pixels = F.gelu(self.pixel_in(colour) + _grow(self.guide(self._unet(colour)), *x.shape[1:3]))
+        pixels = F.gelu(self.pixel_in(colour) + depth_to_space(self.guide(self._unet(colour)), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
             both = torch.block_diag(self.basis, self.basis)      # one product over the pixels, not two
@@ -577,12 +556,12 @@ class SHARPv32(nn.Module):
         return cube.permute(0, 3, 1, 2)
 
     def _unet(self, colour: Tensor) -> Tensor:
-        x, skips = self._run(self.encoder[0], self.stem(_shrink(colour))), []
+        x, skips = self._run(self.encoder[0], self.stem(space_to_depth(colour))), []
         for down, blocks in zip(self.down, self.encoder[1:], strict=True):
             skips.append(x)
-            x = self._run(blocks, down(_shrink(x)))
+            x = self._run(blocks, down(space_to_depth(x)))
         for up, fuse, blocks, skip in zip(self.up[::-1], self.fuse[::-1], self.decoder[::-1], skips[::-1], strict=True):
-            x = self._run(blocks, fuse(_grow(up(x), *skip.shape[1:3]), skip))
+            x = self._run(blocks, fuse(depth_to_space(up(x), *skip.shape[1:3]), skip))
         return x
 
     def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
