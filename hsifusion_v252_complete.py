@@ -129,9 +129,18 @@ def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, sli
 
 
 def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo: int = 0) -> Tensor:
-    """function(*xs), which maps rows of (B, H, W, C) to rows and sees `halo` rows to either side."""
-    parts = [function(*(x[:, read] for x in xs))[:, keep] for read, keep in row_strips(xs[0], channels, halo)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    """function(*xs), which maps rows of (B, H, W, C) to rows, or two to one, and sees `halo` rows to either side."""
+    strips, out, filled = row_strips(xs[0], channels, halo), None, 0
+    for read, keep in strips:
+        part = function(*(x[:, read] for x in xs))[:, keep]
+        if len(strips) == 1:
+            return part
+        if out is None:
+            height = math.ceil(xs[0].shape[1] / (keep.stop // part.shape[1]))
+            out = part.new_empty(len(part), height, *part.shape[2:])
+        out[:, filled : filled + part.shape[1]] = part
+        filled += part.shape[1]
+    return out
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -451,8 +460,9 @@ class HSIFusionNet(nn.Module):
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        x = self.stem(space_to_depth(colour))
-        x = x + convolve(self.stem_mix, x, self.config.use_channels_last)
+        width = self.stem.out_features
+        x = in_strips(lambda colour: self.stem(space_to_depth(colour)), colour, channels=width)
+        x = in_strips(lambda x: x + convolve(self.stem_mix, x, self.config.use_channels_last), x, channels=width, halo=1)
         skips = []
         for level, stage in enumerate(self.encoder):
             x = self.run(stage, x)
