@@ -4,7 +4,9 @@ checkpoints, metrics, small layers, colour and camera. Imports nothing of the pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +189,11 @@ class Ranks:
             dist.barrier()  # rank 0 may still be saving, and a launcher may end the job with its first rank
             dist.destroy_process_group()
 
+    def agree(self, value: Any, what: str) -> None:
+        """UserError unless all ranks hold the same value, which would leave some waiting for the others for ever."""
+        if len(set(map(str, values := self.gather(value)))) > 1:
+            raise UserError(f"{what} differs between ranks: {', '.join(map(str, values))}; use a folder that all of them see")
+
     def gather(self, item: Any) -> list:
         """Every rank's picklable item, in rank order, on every rank."""
         items = [item]
@@ -227,8 +236,8 @@ def set_default_environment() -> None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a CPU."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    """The compiler that torch.compile would use."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cc"))), None)
 
 
 def seed_everything(seed: int) -> None:
@@ -253,9 +262,15 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{path}: the disk is full; make room and run the same command again") from None
         raise
+
+
+# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2, little-endian.
+MAT_HEADER = b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116) + bytes(8) + b"\x00\x02IM"
 
 
 def _plain(value: Any) -> Any:
@@ -296,11 +311,12 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 CHECKPOINT_FORMAT = "hsi-checkpoint"
 
 
-def save_weights(path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict) -> None:
+def save_weights(path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool) -> None:
     """Save weights as .safetensors, with what is needed to rebuild the model in its metadata."""
     from safetensors.torch import save
 
-    metadata = {"format": CHECKPOINT_FORMAT, "model": model, "model_config": to_json(model_config), "data": to_json(data)}
+    metadata = {"format": CHECKPOINT_FORMAT, "model": model, "model_config": to_json(model_config), "data": to_json(data),
+                "averaged": to_json(averaged)}
     payload = save({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata)
     atomic_write(path, lambda file: file.write(payload))
 
@@ -324,10 +340,13 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if "state_dict" not in state:
         state = {"state_dict": state}
+    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | state
     weights = state["state_dict"]
-    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{path}: holds no model weights")
-    return {"model": None, "model_config": {}, "ema": None, "data": {}} | state
+    if not all(isinstance(state[key] or {}, dict) for key in ("model_config", "ema", "data")):
+        raise UserError(f"{path}: damaged, its configuration is not a table of settings")
+    return state
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -336,10 +355,11 @@ def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             meta, weights = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        facts = {key: json.loads(meta.get(key, "{}")) for key in ("model_config", "data", "averaged")}
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return {"model": meta.get("model"), "model_config": json.loads(meta.get("model_config", "{}")), "ema": None,
-            "state_dict": weights, "data": json.loads(meta.get("data", "{}"))}
+    averaged = facts.pop("averaged") is True
+    return {"model": meta.get("model"), "ema": weights if averaged else None, "state_dict": weights, **facts}
 
 
 def build_from_checkpoint(path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True) -> nn.Module:
@@ -384,6 +404,10 @@ class RunFolder:
         """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one, None for a new run.
         Raises UserError when a new run would write over an old one."""
         last = self.checkpoints / "last.ckpt"
+        for file in self.checkpoints.glob(".*.ckpt.*") if resume_from else ():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > 3600:  # left by a kill, long ago
+                    file.unlink()
         if resume_from == "auto":
             return last if last.exists() else None
         if resume_from:
@@ -406,7 +430,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if path.exists():  # what a killed run logged after its last checkpoint is made again
-            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            lines = path.read_text().splitlines(True)  # the last may have been cut
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
             atomic_write(path, lambda file: file.write("".join(kept).encode()))
         self.lines, self.board = open(path, "a"), SummaryWriter(str(folder), purge_step=step + 1)  # noqa: SIM115
         if wandb_project:
@@ -414,7 +439,8 @@ class RunLog:
                 import wandb
             except ImportError:
                 raise UserError("--wandb needs the wandb package: pip install wandb, or leave --wandb away") from None
-            self.wandb = wandb.init(project=wandb_project, name=folder.name, config=settings, dir=str(folder))
+            self.wandb = wandb.init(project=wandb_project, name=folder.name, id=folder.name, resume="allow", config=settings,
+                                    dir=str(folder))
 
     def write(self, kind: str, step: int, values: dict) -> None:
         if not self.active:
@@ -429,6 +455,8 @@ class RunLog:
 
     def figure(self, name: str, step: int, figure: Any) -> None:
         if self.active:
+            if self.wandb:
+                self.wandb.log({name: figure}, step=step)
             self.board.add_figure(name, figure, step)
 
     def close(self) -> None:
@@ -477,10 +505,13 @@ def set_rng_state(state: dict) -> None:
 
 def environment_record() -> dict:
     """Versions, machine and git commit that a number was made with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": device,
-            "threads": torch.get_num_threads(), "git_commit": commit.stdout.strip() or None}
+            "threads": torch.get_num_threads(), "git_commit": commit or None}
 
 
 def memory_gb(device: torch.device) -> float:
@@ -566,16 +597,19 @@ def centre_crop(x: Tensor, border: int = 128) -> Tensor:
     """The protocol's centre: the border removed from the last two dimensions (226 x 256 of 482 x 512)."""
     height, width = x.shape[-2:]
     bh, bw = crop_border(height, width, border)
+    if 2 * bh >= height or 2 * bw >= width:
+        raise UserError(f"a crop border of {border} px leaves nothing of a frame of {height} x {width}; give a smaller one")
     return x[..., bh : height - bh, bw : width - bw]
 
 
 def scene_metrics(pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: int = 128, with_ssim: bool = False) -> dict:
-    """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with floor 0.01 beside it."""
+    """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with floors 0.01 and 1e-6 too."""
     result: dict[str, Any] = {}
     for suffix, cut in (("", lambda x: centre_crop(x, border)), ("_full", lambda x: x)):
         p, t = cut(pred), cut(target)
         result |= {f"mrae{suffix}": mrae(p, t, floor), f"rmse{suffix}": rmse(p, t), f"psnr{suffix}": psnr(p, t),
-                   f"sam{suffix}": sam(p, t), f"ergas{suffix}": ergas(p, t), f"mrae_floor_0.01{suffix}": mrae(p, t, 0.01)}
+                   f"sam{suffix}": sam(p, t), f"ergas{suffix}": ergas(p, t), f"mrae_floor_0.01{suffix}": mrae(p, t, 0.01),
+                   f"mrae_floor_1e-06{suffix}": mrae(p, t, 1e-6)}
         if with_ssim:
             result[f"ssim{suffix}"] = ssim(p, t)
     return result | {"border": list(crop_border(*target.shape[-2:], border)), "metric_floor": floor}
@@ -591,12 +625,16 @@ def per_band_metrics(pred: Tensor, target: Tensor, floor: float = 1e-6) -> dict[
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:
     """Mean over scenes of every number that scene_metrics gives."""
     names = [k for k, v in scenes[0].items() if isinstance(v, float)]
-    return {name: float(np.nanmean([scene[name] for scene in scenes])) for name in names}
+    mean = {name: np.nanmean if name.startswith("sam") else np.mean for name in names}  # a black scene has no angle
+    return {name: float(mean[name]([scene[name] for scene in scenes])) for name in names}
 
 
 def bootstrap_interval(values: list[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over scenes."""
     values = np.asarray(values, float)
+    values = values[~np.isnan(values)]  # a scene without a lit pixel has no SAM
+    if not len(values):
+        return math.nan, math.nan
     draws = values[np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))].mean(axis=1)
     return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
 
@@ -616,6 +654,30 @@ class DropPath(nn.Module):
             return x
         keep = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.p
         return x * keep.to(x.dtype) / (1 - self.p)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups: weights of linear maps and convolutions decay; norms, biases, scales and all else do not."""
+    decayed = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | None:
+    """Exponential moving average of the weights, to be updated every `every` steps; None without a decay. The decay warms
+    up, so that early weights are soon forgotten."""
+    if decay == 0:
+        return None
+    average = AveragedModel(model, use_buffers=True)
+    average.n_averaged.fill_(1)  # the copy above; else the first update would copy instead of average
+
+    def update(averaged: list, current: list, _: object) -> None:
+        n = int(average.n_averaged) - 1  # kept on the CPU
+        torch._foreach_lerp_(averaged, current, 1 - min(decay**every, (1 + n) / (10 + n)))
+
+    average.multi_avg_fn = update
+    return average
 
 
 def space_to_depth(x: Tensor) -> Tensor:
@@ -698,17 +760,16 @@ def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> 
 
 # CIE 1964 10-degree colour matching functions x10, y10, z10 (CIE 15, Colorimetry), 380 to 780 nm, step 10 nm.
 _CIE_1964_XYZ = [
-    [0.00016, 0.002362, 0.01911, 0.084736, 0.204492, 0.314679, 0.383734, 0.370702, 0.302273, 0.195618, 0.080507,
-     0.016172, 0.003816, 0.037465, 0.117749, 0.236491, 0.376772, 0.529826, 0.705224, 0.878655, 1.01416, 1.11852,
-     1.12399, 1.03048, 0.856297, 0.647467, 0.431567, 0.268329, 0.152568, 0.081261, 0.040851, 0.019941, 0.009577,
-     0.004553, 0.002175, 0.001045, 0.000508, 0.000251, 0.000126, 0.000065, 0.000033],
-    [0.000017, 0.000253, 0.002004, 0.008756, 0.021391, 0.038676, 0.062077, 0.089456, 0.128201, 0.18519,
-     0.253589, 0.339133, 0.460777, 0.606741, 0.761757, 0.875211, 0.961988, 0.991761, 0.99734, 0.955552,
-     0.868934, 0.777405, 0.658341, 0.527963, 0.398057, 0.283493, 0.179828, 0.107633, 0.060281, 0.0318, 0.015905,
-     0.007749, 0.003718, 0.001768, 0.000846, 0.000407, 0.000199, 0.000098, 0.00005, 0.000025, 0.000013],
-    [0.000705, 0.010482, 0.086011, 0.389366, 0.972542, 1.55348, 1.96728, 1.9948, 1.74537, 1.31756, 0.772125,
-     0.415254, 0.218502, 0.112044, 0.060709, 0.030451, 0.013676, 0.003988, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [.00016, .002362, .01911, .084736, .204492, .314679, .383734, .370702, .302273, .195618, .080507, .016172, .003816,
+     .037465, .117749, .236491, .376772, .529826, .705224, .878655, 1.01416, 1.11852, 1.12399, 1.03048, .856297, .647467,
+     .431567, .268329, .152568, .081261, .040851, .019941, .009577, .004553, .002175, .001045, .000508, .000251, .000126,
+     6.5e-05, 3.3e-05],
+    [1.7e-05, .000253, .002004, .008756, .021391, .038676, .062077, .089456, .128201, .18519, .253589, .339133, .460777,
+     .606741, .761757, .875211, .961988, .991761, .99734, .955552, .868934, .777405, .658341, .527963, .398057, .283493,
+     .179828, .107633, .060281, .0318, .015905, .007749, .003718, .001768, .000846, .000407, .000199, 9.8e-05, 5e-05, 2.5e-05,
+     1.3e-05],
+    [.000705, .010482, .086011, .389366, .972542, 1.55348, 1.96728, 1.9948, 1.74537, 1.31756, .772125, .415254, .218502,
+     .112044, .060709, .030451, .013676, .003988, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
 ]
 CIE_1964 = (np.arange(380.0, 781.0, 10.0), np.array(_CIE_1964_XYZ).T)
 XYZ_TO_SRGB = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])
@@ -787,15 +848,20 @@ def render_rgb(cube: np.ndarray, response: np.ndarray, *, rng: np.random.Generat
 
 def cube_to_srgb(cube: np.ndarray, wavelengths: list[float] | np.ndarray) -> np.ndarray:
     """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1]: the CIE 1964 observer, balanced so
-    that a flat spectrum of 1 is sRGB's D65 white. camera_response and render_rgb make the RGB to train on."""
-    xyz = camera_response("cie1964", wavelengths) * D65_XYZ
+    that a flat spectrum of 1 is sRGB's D65 white. camera_response and render_rgb make the RGB to train on. Bands that miss
+    the red, green or blue of that observer are shown in false colour: a long, a middle and a short one."""
+    nm = np.asarray(wavelengths, float)
+    if nm.min() > 500 or nm.max() < 600 or len(nm) < 3:
+        bands = np.argsort(nm)[[-1 - len(nm) // 6, len(nm) // 2, len(nm) // 6]]
+        return np.rint(np.clip(cube[..., bands].astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    xyz = camera_response("cie1964", nm) * D65_XYZ
     linear = np.clip(cube.astype(np.float32, copy=False) @ (xyz @ XYZ_TO_SRGB.T).astype(np.float32), 0, 1)
     gamma = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.rint(gamma * 255).astype(np.uint8)
 
 
-def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float]) -> Any:
-    """A matplotlib figure of one scene, all (C, H, W): the input, the prediction rendered, its error, and spectra."""
+def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float], title: str = "RGB") -> Any:
+    """A matplotlib figure of one scene, all (C, H, W): a picture, the prediction rendered, its error, and spectra."""
     from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
 
     figure = Figure(figsize=(16, 4), layout="constrained")
@@ -811,6 +877,6 @@ def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[fl
         axes[0].plot(x, y, f"C{i}o")
     axes[3].set_xlabel("wavelength (nm)")
     axes[3].legend(fontsize=7)
-    for axis, title in zip(axes, ("RGB", "prediction", "relative error", "spectra"), strict=True):
-        axis.set_title(title)
+    for axis, name in zip(axes, (title, "prediction", "relative error", "spectra"), strict=True):
+        axis.set_title(name)
     return figure

@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -186,9 +186,12 @@ def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> 
     jpeg = common.render_rgb(cube, response, rng=rng, exposure=settings["exposure"])[1]
     if not test:
         memory, stored = io.BytesIO(), cube.transpose(2, 1, 0)  # MATLAB is column-major: h5py sees bands, W, H
-        with h5py.File(memory, "w") as file:
+        with h5py.File(memory, "w", userblock_size=512) as file:
             file.create_dataset("cube", data=stored, chunks=(31, 64, 64), compression="gzip", compression_opts=1)
             file["bands"], file["norm_factor"] = WAVELENGTHS[:, None], np.ones((1, 1))
+            for name, kind in (("cube", "single"), ("bands", "double"), ("norm_factor", "double")):
+                file[name].attrs["MATLAB_class"] = np.bytes_(kind)
+        memory.getbuffer()[: len(common.MAT_HEADER)] = common.MAT_HEADER
         atomic_write(spec, lambda file: file.write(memory.getbuffer()))
     atomic_write(photo, lambda file: file.write(jpeg))
 
@@ -214,6 +217,14 @@ def make_synthetic(args: argparse.Namespace) -> None:
 # --- sources --------------------------------------------------------------------------------------------------------
 
 
+def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for name, path in found:
+        if names.setdefault(name, path) != path:
+            raise UserError(f"{path} and {names[name]} are both scene {name}; rename or remove one")
+    return names
+
+
 def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
     """(split, scene) of the source, by its list files where it has them, else --val-fraction drawn with --split-seed."""
     root, listed = Path(args.arad_root or args.cave_root or args.cubes), False
@@ -223,9 +234,10 @@ def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
         splits = data.find_scenes(root)
         listed = (root / "split_txt" / "valid_list.txt").exists()
     else:  # CAVE: <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and <scene>_RGB.bmp
-        cubes = {p.stem.removesuffix("_ms"): p for p in root.iterdir()
-                 if p.suffix.lower() in data.CUBE_SUFFIXES or (p.is_dir() and any(p.rglob("*_01.png")))}
-        images = {p.stem.lower().removesuffix("_rgb"): p for p in root.rglob("*") if p.suffix.lower() in data.RGB_SUFFIXES}
+        cubes = _by_name((p.stem.removesuffix("_ms"), p) for p in root.iterdir()
+                         if p.suffix.lower() in data.CUBE_SUFFIXES or (p.is_dir() and any(p.rglob("*_01.png"))))
+        images = _by_name((p.stem.lower().removesuffix("_rgb"), p) for p in root.rglob("*")
+                          if p.suffix.lower() in data.RGB_SUFFIXES)
         splits = {"train": [data.Scene(name, cubes[name], images.get(name.lower())) for name in sorted(cubes)]}
     if listed and args.val_fraction is not None:
         raise UserError(f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; leave it out")
@@ -329,7 +341,12 @@ def _save(path: Path, array: np.ndarray) -> str:
 
 def _source(scene: data.Scene) -> list:
     """Names, sizes and times of the raw files, to notice a changed one."""
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in (scene.cube_path, scene.rgb_path) if p]
+    files = [p for p in (scene.cube_path, scene.rgb_path) if p]
+    if scene.cube_path and scene.cube_path.suffix == ".hdr":  # ENVI's data lie beside its header
+        files += sorted(scene.cube_path.parent.glob(f"{scene.cube_path.stem}.*"))
+    elif scene.cube_path and scene.cube_path.is_dir():
+        files += sorted(scene.cube_path.rglob("*.png"))
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> None:

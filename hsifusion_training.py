@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common_utils_v32 as common
@@ -32,7 +32,7 @@ from hsifusion_v252_complete import SIZES, LightningProConfig, create_hsifusion_
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, create_optimized_dataloaders, prepare_batch
 
 MODEL = "hsifusion"
-PROGRESS = ("epoch", "iteration", "step", "validated", "best", "metrics")  # how far a run is
+PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")  # how far a run is
 FIT_PIXELS = 2**18  # that the linear path is fitted on
 SKIPPED_LIMIT = 20  # steps with non-finite gradients in a row before a run gives up
 LIKELIHOOD_WEIGHT = 0.1  # of the uncertainty head's term in the loss
@@ -57,6 +57,7 @@ class TrainConfig(DataConfig):
     weight_decay: float = opt(1e-4, "on weight matrices; never on norms, biases, layer scales", group="optimisation")
     gradient_clip: float = opt(1.0, "largest gradient norm; 0 is no clipping", group="optimisation")
     train_floor: float = opt(1e-3, "smallest denominator of the training MRAE", group="optimisation")
+    train_floor_start: float | None = opt(None, "its value at first, falling over the warm-up", group="optimisation")
     ema_decay: float = opt(0.999, "decay of the averaged weights; 0 is no averaging", group="optimisation")
     ema_update_every: int = opt(1, "steps between two updates of the average", group="optimisation")
 
@@ -65,7 +66,7 @@ class TrainConfig(DataConfig):
                          choices=("auto", "bf16", "fp16"))
     compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
-    deterministic: bool = opt(False, "deterministic CUDA kernels", group="speed")
+    deterministic: bool = opt(False, "deterministic CUDA kernels; a warning names those that are not", group="speed")
 
     val_interval: int = opt(1, "epochs between validations", group="validation")
     val_crop_border: int = opt(128, "pixels removed on each side before scoring", group="validation")
@@ -107,28 +108,9 @@ def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW; weight decay on matrices and kernels, not on norms, biases and scales (vectors)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    """Fused Adam or AdamW; weight decay on matrices and kernels alone."""
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-
-
-def make_average(model: nn.Module, cfg: TrainConfig) -> AveragedModel | None:
-    """Exponential moving average of the weights. Its decay warms up, so that early weights are soon forgotten."""
-    if cfg.ema_decay == 0:
-        return None
-    average = AveragedModel(model, use_buffers=True)
-    average.n_averaged.fill_(1)  # the copy above; else the first update would copy instead of average
-
-    def update(averaged: list, current: list, _: object) -> None:
-        n = int(average.n_averaged) - 1
-        decay = min(cfg.ema_decay**cfg.ema_update_every, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    average.multi_avg_fn = update
-    return average
+    return kind(common.decay_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
 
 
 def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -136,15 +118,18 @@ def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
     if not cfg.use_amp or (cfg.amp_dtype == "auto" and device.type == "cpu"):
         return None
     if cfg.amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if cfg.amp_dtype == "bf16" else torch.float16
 
 
 def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device) -> bool:
     """Compile without changing the state dict's keys; True when it is on."""
     wanted = device.type == "cuda" if cfg.compile_model is None else cfg.compile_model
-    if wanted and device.type == "cpu" and not common.find_compiler():
-        raise UserError("--compile_model needs a C++ compiler on a CPU: install g++ or give --no-compile_model")
+    if wanted and not common.find_compiler():
+        if cfg.compile_model:
+            raise UserError("--compile_model needs a C++ compiler: install g++ or give --no-compile_model")
+        print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
+        return False
     if wanted:
         network.compile()
     return wanted
@@ -158,6 +143,7 @@ class Run:
         self.stop, self.say = common.StopSignal(), tqdm.write if ranks.is_main else lambda text: None
         resume = folder.resume_path(cfg.resume_from)
         state = common.read_checkpoint(resume) if resume else None
+        ranks.agree((str(resume), state.get("step") if state else 0), "the checkpoint to go on from")
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
         self.say(f"data: {self.train_loader.describe()}")
@@ -167,7 +153,12 @@ class Run:
         given = {name: value for name, value in fields.items() if value is not None}
         common.seed_everything(cfg.seed)
         bands = len(self.train_loader.wavelengths)
-        self.model = create_hsifusion_lightning_pro(cfg.model_size, out_channels=bands, **given).to(device)
+        try:
+            self.model = create_hsifusion_lightning_pro(cfg.model_size, out_channels=bands, **given).to(device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if cfg.patch_size < self.model.config.min_input_size:
+            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {self.model.config.min_input_size}")
         if state:
             common.load_weights(self.model, state["state_dict"], resume)
         elif ranks.is_main:
@@ -177,7 +168,7 @@ class Run:
         self.network = self.model
         if ranks.world_size > 1:
             self.network = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
-        self.average = make_average(self.model, cfg)
+        self.average = common.make_average(self.model, cfg.ema_decay, cfg.ema_update_every)
         compiled, self.amp = compile_in_place(self.network, cfg, device), precision(cfg, device)
         common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
 
@@ -187,28 +178,32 @@ class Run:
         steps = math.ceil(self.iterations / cfg.accumulate_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr)
-        scaling = {} if self.amp == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**30}
+        scaling = {} if self.amp == torch.float16 else {"init_scale": 1.0, "backoff_factor": 1 - 2**-40}  # in float32 that is 1
         self.scaler = torch.amp.GradScaler(device.type, **scaling)
-        self.loss_fn = MSTPlusPlusLoss(floor=cfg.train_floor)
+        self.skipped = torch.zeros((), device=device)  # steps in a row
+        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps))
+        self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
+                           "train_floor": cfg.train_floor, "metric_floor": cfg.metric_floor}
         self.epoch = self.iteration = self.step = 0
-        self.validated, self.best, self.metrics = -1, math.inf, {}
+        self.validated, self.best, self.best_metrics, self.metrics = -1, math.inf, {}, {}
         if state:
             self.load(state, resume)
 
-        self.settings = dataclasses.asdict(cfg) | {
-            "compile_model": compiled, "amp_dtype": str(self.amp or torch.float32), "device": str(device)}
-        self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
-                           "train_floor": cfg.train_floor, "metric_floor": cfg.metric_floor}
+        self.settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if "help" in f.metadata} | {
+            "compile_model": compiled, "use_amp": self.amp is not None, "device": str(device)}  # --config reads it back
+        if self.amp is not None:
+            self.settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
         self.log = RunLog(folder.logs, ranks, self.step, cfg.wandb, self.settings)
         if ranks.is_main:
             common.write_json(folder.logs / "config.json", self.settings)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.say(f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; {device}, "
-                 f"{self.settings['amp_dtype']}, compile {'on' if compiled else 'off'}; run: {folder.logs}")
+                 f"{self.amp or torch.float32}, compile {'on' if compiled else 'off'}; run: {folder.logs}")
 
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=cfg.epochs * self.iterations, initial=self.epoch * self.iterations + self.iteration,
-                        unit="it", smoothing=0.02, disable=not ranks.is_main, dynamic_ncols=True, desc="train")
+                        unit="it", smoothing=0.02, disable=not ranks.is_main, dynamic_ncols=True, desc="train",
+                        mininterval=0.2 if sys.stderr.isatty() else 60, maxinterval=60)  # a log file is not filled with bars
 
     # --- the loop
 
@@ -232,7 +227,7 @@ class Run:
             common.write_json(self.folder.logs / "summary.json", {
                 "settings": self.settings, "model": dataclasses.asdict(self.model.config), "data": self.data_facts,
                 "environment": common.environment_record(), "steps": self.step, "best_mrae": self.best,
-                "last": self.metrics, "seconds": time.monotonic() - start})
+                "best": self.best_metrics, "last": self.metrics, "seconds": time.monotonic() - start})
         self.say(f"done: best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}")
         return 0
 
@@ -242,7 +237,6 @@ class Run:
         self.network.train()
         self.train_loader.set_position(self.epoch, self.iteration)
         self.totals = torch.zeros(3, device=self.device)  # loss, MRAE, batches since the last log line
-        self.skipped = torch.zeros((), device=self.device)  # steps in a row
         self.logged = (time.monotonic(), self.iteration)
         for batch in self.train_loader:
             first = self.iteration - self.iteration % group
@@ -266,6 +260,7 @@ class Run:
 
     def backward(self, rgb: Tensor, cube: Tensor, group: int) -> None:
         """Forward and backward of one of `group` batches whose gradients make a step."""
+        self.loss_fn.step = self.step
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             output = self.network(rgb)
             pred, scale = output if isinstance(output, tuple) else (output, None)
@@ -286,14 +281,14 @@ class Run:
         self.norm, self.lr = norm, self.optimizer.param_groups[0]["lr"]
         self.schedule.step()
         self.step += 1
+        if (self.device.type == "cpu" or self.step % 50 == 0) and self.skipped >= SKIPPED_LIMIT:
+            raise UserError(f"step {self.step}: {int(self.skipped)} steps in a row had gradients that are not finite; lower "
+                            "--lr, raise --train_floor, or look at the data with dataset_setup.py --verify-only")
         if self.average is not None and self.step % self.cfg.ema_update_every == 0:
             self.average.update_parameters(self.model)
 
     def log_progress(self) -> None:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the device."""
-        if self.skipped.item() >= SKIPPED_LIMIT:
-            raise UserError(f"step {self.step}: {int(self.skipped)} steps in a row had gradients that are not finite; lower "
-                            "--lr, raise --train_floor, or look at the data with dataset_setup.py --verify-only")
         loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
         speed = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size / (now - then)
@@ -302,7 +297,8 @@ class Run:
             "epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr, "grad_norm": self.norm.item(),
             "patches_per_second": speed, "memory_gb": memory})
         self.bar.set_postfix_str(
-            f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB")
+            f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB",
+            refresh=sys.stderr.isatty())
         self.totals.zero_()
         self.logged = (now, self.iteration)
 
@@ -325,7 +321,8 @@ class Run:
         for scene in self.val_loader:
             if self.stop.requested:
                 break
-            output = model(scene.rgb.to(self.device))
+            with torch.compiler.set_stance("force_eager") if self.settings["compile_model"] else nullcontext():
+                output = model(scene.rgb.to(self.device))
             pred, cube = output[0] if isinstance(output, tuple) else output, scene.cube.to(self.device)
             scores.append((scene.name, common.scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)))
             if figure is None and self.ranks.is_main:
@@ -344,11 +341,11 @@ class Run:
         self.say(f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
                  f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g})")
         if m["mrae"] < self.best:
-            self.best = m["mrae"]
+            self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
             if self.ranks.is_main:
                 common.save_weights(self.folder.checkpoints / "best.safetensors", model.state_dict(), MODEL,
-                                    dataclasses.asdict(self.model.config), self.data_facts)
+                                    dataclasses.asdict(self.model.config), self.data_facts, self.average is not None)
         return True
 
     # --- state
@@ -374,6 +371,9 @@ class Run:
         missing = [key for key in ("optimizer", "schedule", "scaler", "rng", *PROGRESS) if key not in state]
         if missing:
             raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
+        for key in ("rgb_norm", "wavelengths"):
+            if state["data"].get(key) != self.data_facts[key]:
+                raise UserError(f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -391,7 +391,9 @@ def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
     common.set_default_environment()
     ranks, device = common.init_process_group(cfg.device)
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # few operators have no deterministic kernel: they are named
     run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
     code = run.train()
     ranks.leave()

@@ -47,7 +47,9 @@ PIXEL_CHANNELS = 48  # width of the full-resolution network
 CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
 DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
 GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
-STRIP_FLOATS = 1 << 20  # of one temporary where no gradient is recorded: larger ones are mapped anew by every operation
+# Values in one temporary where no gradient is recorded. A CPU's allocator maps larger ones anew for every operation, which
+# costs more than the arithmetic; a GPU needs large ones to be busy.
+STRIP_FLOATS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 @dataclass
@@ -122,8 +124,9 @@ def brightness(x: Tensor) -> Tensor:
 def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
     """Rows of x (B, H, W, C) to read, and which of those to keep: all at once while gradients are recorded, else strips of
     even height whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context."""
-    height = x.shape[1]
-    rows = height if torch.is_grad_enabled() else max(4, STRIP_FLOATS // (len(x) * x.shape[2] * channels) // 2 * 2)
+    height, floats = x.shape[1], STRIP_FLOATS.get(x.device.type, 1 << 27)
+    whole = torch.is_grad_enabled() or torch.compiler.is_exporting()
+    rows = height if whole else max(4, floats // (len(x) * x.shape[2] * channels) // 2 * 2)
     tops = [(max(0, top - halo), top) for top in range(0, height, rows)]
     return [(slice(start, top + rows + halo), slice(top - start, top - start + rows)) for start, top in tops]
 
@@ -270,7 +273,7 @@ class WindowAttention(nn.Module):
             q, k = rotate(q, table), rotate(k, table)
         if self.sparse:
             flat = (t.flatten(0, 1) for t in (q, k, v))
-            out = sparse_attention_topk_streaming(*flat, spatial_shape=(height, width)).unflatten(0, (batch, self.heads))
+            out = sparse_attention_topk_streaming(*flat, max_tokens=height * width).unflatten(0, (batch, self.heads))
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(batch, height, width, -1)
@@ -451,11 +454,13 @@ class HSIFusionNet(nn.Module):
         guide = depth_to_space(self.to_pixels(features), *x.shape[1:3])
         pixels = F.gelu(convolve(self.pixel_in, colour, self.config.use_channels_last) + guide)
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        gain, term = self.head(pixels).float().chunk(2, dim=-1)
-        intensity = brightness(x).float()
-        outputs = [self.direct(x).float() * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
-        if self.config.estimate_uncertainty:
-            outputs.append(intensity * F.softplus(self.scale_head(pixels)).float() + 1e-4)
+        with torch.autocast(x.device.type, enabled=False):  # the last sum decides the error of dark pixels
+            pixels, x = pixels.to(self.head.weight.dtype), x.to(self.head.weight.dtype)
+            gain, term = self.head(pixels).chunk(2, dim=-1)
+            intensity = brightness(x)
+            outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
+            if self.config.estimate_uncertainty:
+                outputs.append(intensity * F.softplus(self.scale_head(pixels)) + 1e-4)
         return outputs
 
     def trunk(self, colour: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ import h5py
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,7 +52,7 @@ FACTORIES = {"hsifusion": ("hsifusion_v252_complete", "create_hsifusion_lightnin
              "sharp": ("sharp_v322_hardened", "create_sharp_v32")}
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
-MIN_SIDE = 64  # px, the models' least input; the edges of smaller images are repeated, and cut off the output
+MIN_SIDE = 64  # px, the models' least input; smaller images are mirrored at their edges, and the output is cut back
 MAX_TILE = 1024  # px
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above this and refuses twice this
 MAPPED_BYTES = 256 << 20  # arrays above this are mapped to files, and pages let go after as much was written
@@ -108,7 +107,6 @@ class Settings:
         ):
             if wrong:
                 raise ValueError(message)
-        self.points = [tuple(map(int, point.split(","))) for point in self.points]
 
 
 @dataclass
@@ -145,6 +143,8 @@ def load_model(spec: str, args: Settings, device: torch.device) -> Loaded:
         config = config or {"model_size": args.model_size} | json.loads(args.model_options)
         script, factory = FACTORIES.get(kind, (None, None))
         module = getattr(importlib.import_module(script), factory)(**config) if script else mst_plus_plus(args.mst_root)
+        if getattr(module.config if script else None, "in_channels", 3) != 3:
+            raise ValueError(f"it takes {module.config.in_channels} channels, an image has 3")
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its configuration does not fit {kind}: {error}") from None
     common.load_weights(module, state, path)
@@ -167,6 +167,12 @@ def mst_plus_plus(root: str | None) -> nn.Module:
     return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
 
 
+def mirrored(side: int) -> Tensor:
+    """Indices of a side's pixels, mirrored at its end as often as it takes to reach MIN_SIDE."""
+    index = torch.arange(max(side, MIN_SIDE)) % (2 * side)
+    return torch.minimum(index, 2 * side - 1 - index)
+
+
 def forward(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
     """(B, 3, h, w) -> (B, bands, h, w) float32, followed by the scale's channels where the model has one."""
     def one(x: Tensor) -> Tensor:
@@ -176,7 +182,9 @@ def forward(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
             return (torch.cat(out, 1) if isinstance(out, tuple) else out).float()
 
     height, width = rgb.shape[-2:]
-    rgb = F.pad(rgb, (0, max(0, MIN_SIDE - width), 0, max(0, MIN_SIDE - height)), mode="replicate")
+    if min(height, width) < MIN_SIDE:
+        rows, columns = (mirrored(side) for side in (height, width))
+        rgb = rgb[..., rows[:, None], columns]
     if not args.ensemble:
         return one(rgb)[..., :height, :width]
     return sum(torch.rot90(one(torch.rot90(rgb.flip(flip), turns, (-2, -1))), -turns, (-2, -1)).flip(flip) / 8
@@ -355,7 +363,7 @@ def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
 
 
 def write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    """MATLAB v7.3: HDF5 after a 512-byte header. MATLAB is column-major: its H x W x bands is (bands, W, H) here."""
+    """MATLAB v7.3: HDF5 after a block of 512 bytes. MATLAB is column-major: its H x W x bands is (bands, W, H) here."""
     with h5py.File(path, "w", userblock_size=512) as file:
         dataset = file.create_dataset("cube", (len(cube), *cube.shape[:0:-1]), np.float32)
         dataset.attrs["MATLAB_class"] = np.bytes_("single")
@@ -363,9 +371,8 @@ def write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
             dataset[band, :, rows] = cube[band, rows].T
         file["bands"] = np.float64(wavelengths)[:, None]
         file["bands"].attrs["MATLAB_class"] = np.bytes_("double")
-    text = f"MATLAB 7.3 MAT-file, Platform: Python, Created on: {time.asctime()} HDF5 schema 1.00 ."
     with open(path, "r+b") as file:
-        file.write(text.ljust(116).encode() + bytes(8) + b"\x00\x02IM")  # no subsystem data, version 2, little-endian
+        file.write(common.MAT_HEADER)
 
 
 def write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
@@ -434,9 +441,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
             here = sorted(path for path in pattern.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES))
         else:
             here = [pattern] if pattern.exists() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-        if not here:
-            raise UserError(f"--input {pattern}: no such image, folder of images, or match")
-        found += here
+        found += here or [pattern]  # reading it fails, and says so, when the others are done
     return list(dict.fromkeys(found))
 
 
@@ -453,23 +458,25 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
 
 def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
     """One image to one cube file, and the line that says what was done."""
-    if target.exists() and not args.overwrite:
-        raise UserError(f"{target}: exists; give --overwrite to replace it")
+    for written in (target, target.with_suffix(".img")) if kind == "envi" else (target,):
+        if written.exists() and not args.overwrite:
+            raise UserError(f"{written}: exists; give --overwrite to replace it")
     start = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".inference-", dir=target.parent) as work:
         rgb, remarks = read_photo(path, Path(work))
         (source, low, high), (height, width) = photo_source(rgb, model.rgb_norm), rgb.shape[:2]
-        remarks += [f"edges repeated up to {MIN_SIDE} px"] * (min(height, width) < MIN_SIDE)
+        remarks += [f"mirrored up to {MIN_SIDE} px"] * (min(height, width) < MIN_SIDE)
         with tqdm(total=height * width / 1e6, unit="MPixel", desc=path.name, leave=False, disable=None,
                   bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}") as bar:
             cube, patch = predict(model, source, (height, width), args, channels=model.bands,
                                   allocate=lambda bands: allocate_array((bands, height, width), np.float32, Path(work)),
                                   tick=lambda pixels: bar.update(pixels / 1e6))
-        if args.preview:
-            points = [(x, y) for x, y in args.points if x < width and y < height]
-            write_preview(target.with_suffix(""), cube, model.wavelengths, points)
         write_cube(target, cube, model.wavelengths, kind)
+        if args.preview:
+            points = [tuple(map(int, point.split(","))) for point in args.points]
+            points = [(x, y) for x, y in points if x < width and y < height]
+            write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     seconds = time.perf_counter() - start
     norm = f"per_image, {low}..{high} of the whole image to 0..1" if model.rgb_norm == "per_image" else "unit, /255"
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
@@ -477,12 +484,15 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
                       f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"])
 
 
-def run_images(model: Loaded, args: Settings) -> None:
+def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
+    """Each rank its share of the inputs. What fails is listed when the others are done."""
     inputs = find_inputs(args.input)
     targets, kind = output_paths(inputs, Path(args.output), args.format)
     failures, taken = [], {}
-    for path, target in zip(inputs, targets, strict=True):
+    for path, target in list(zip(inputs, targets, strict=True))[ranks.rank :: ranks.world_size]:
         try:
+            if not path.is_file():
+                raise UserError("no such image, folder of images, or match")
             if taken.setdefault(target, path) != path:
                 raise UserError(f"{taken[target]} gives {target.name} already; rename one")
             print(reconstruct(model, path, target, kind, args))
@@ -506,6 +516,9 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
                                                  rank=ranks.rank, world_size=ranks.world_size))
         if loader.bands != model.bands:
             raise UserError(f"{model.path}: gives {model.bands} bands, {args.data_root} has {loader.bands}")
+        if np.abs(np.subtract(loader.wavelengths, model.wavelengths)).max() > 5:  # nm, half a band of ARAD-1K
+            raise UserError(f"{model.path}: was trained on {model.wavelengths[0]:g}..{model.wavelengths[-1]:g} nm, "
+                            f"{args.data_root} has {loader.wavelengths[0]:g}..{loader.wavelengths[-1]:g} nm")
         mine, peak = [], 0
         for scene in tqdm(loader, desc=model.name, disable=None):
             if not peak:  # this forward also warms up, so that the first one timed is like the others
@@ -519,7 +532,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
         records = sorted(sum(ranks.gather(mine), []), key=lambda record: record["scene_id"])
         if ranks.is_main:
             stressed = [record.pop("stress") for record in records]
-            summaries.append(summarise(model, records, peak, args, folder))
+            summaries.append(summarise(model, records, peak, loader.scenes.dtype, args, folder))
             for change in stressed[0]:
                 mean = common.mean_metrics([scene[change] for scene in stressed])
                 stress.append({"model": model.name, "change": change, **{k: mean[k] for k in ("mrae", "rmse", "sam")}})
@@ -549,10 +562,12 @@ def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
     """A scene's metrics, and its files in the layout that hsi_viz_suite reads."""
     start, target, name = time.perf_counter(), scene.cube[0].float(), scene.name
     out = predict_scene(model, scene.rgb, args)
-    seconds, cube = time.perf_counter() - start, out[: model.bands]
+    seconds, cube, reliability = time.perf_counter() - start, out[: model.bands], []
     record = {"scene_id": name, **common.scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
     if len(out) > model.bands:  # Laplace likelihood: P(|error| <= t) = 1 - exp(-t / scale)
-        ratio = (cube - target).abs() / out[model.bands :]
+        error, scale = (cube - target).abs(), out[model.bands :]
+        ratio, tenths = error / scale, scale.flatten().argsort().tensor_split(10)  # from the surest tenth to the least sure
+        reliability = [[float(x.flatten()[part].mean()) for part in tenths] for x in (scale, error)]
         record |= {f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES}
     common.write_json(folder / "metrics" / f"{name}_metrics.json", record)
     kinds = [("hsi", "npy", cube, ""), ("hsi", "npy", target, "_target"), ("cubes", "mat", cube, "")]
@@ -560,12 +575,13 @@ def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
         write_cube(folder / place / f"{name}{suffix}{WRITTEN[kind]}", array.clamp(0, 1).contiguous().numpy(),
                    model.wavelengths, kind)
     bands = common.per_band_metrics(common.centre_crop(cube), common.centre_crop(target), args.metric_floor)
-    return record | {"bands": bands, "seconds": seconds, "stress": {"as given": record} if args.stress else {}}
+    stress = {"as given": record} if args.stress else {}
+    return record | {"bands": bands, "seconds": seconds, "reliability": reliability, "stress": stress}
 
 
-def summarise(model: Loaded, records: list[dict], peak: int, args: Settings, folder: Path) -> dict:
+def summarise(model: Loaded, records: list[dict], peak: int, dtype: str, args: Settings, folder: Path) -> dict:
     """metrics.csv, summary.json (means over scenes with bootstrap intervals, per band, costs) and the figures."""
-    bands, seconds = ([record.pop(key) for record in records] for key in ("bands", "seconds"))
+    bands, seconds, reliability = ([record.pop(key) for record in records] for key in ("bands", "seconds", "reliability"))
     mean = {key: value for key, value in common.mean_metrics(records).items() if key != "metric_floor"}
     ordered = [record["scene_id"] for record in sorted(records, key=lambda record: record["mrae"])]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a CPU's fast kernel counts as 0
@@ -573,42 +589,36 @@ def summarise(model: Loaded, records: list[dict], peak: int, args: Settings, fol
     summary = {
         "name": model.name, "checkpoint": model.path, "model": model.kind, "weights": model.weights, "amp": args.amp,
         "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": args.patch_size, "device": str(model.device),
-        "data_root": args.data_root, "split": args.split, "scenes": len(records), "border": records[0]["border"],
+        "data_root": args.data_root, "split": args.split, "target_dtype": dtype,
+        "scenes": len(records), "border": records[0]["border"],
         "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
         "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
         "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
         "parameters": sum(p.numel() for p in model.module.parameters()), "macs_256": counter.get_total_flops() // 2,
         "seconds_per_frame": float(np.median(seconds)), "peak_memory_mb": peak / 2**20, "best": ordered[0], "worst": ordered[-1],
     }
+    if reliability[0]:
+        summary["calibration"] = dict(zip(("scale", "mean_absolute_error"), np.mean(reliability, 0).tolist(), strict=True))
     cells = [records[0], *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records)]
     save_text(folder / "metrics.csv", "".join(",".join(row) + "\n" for row in cells))
     common.write_json(folder / "summary.json", summary)
     for rank in ("best", "worst"):
-        scene_figure(folder, summary[rank], model.wavelengths, folder / "figures" / f"{rank}.png")
+        cube, target = (torch.from_numpy(np.load(folder / "hsi" / f"{summary[rank]}{end}.npy")) for end in ("", "_target"))
+        seen = torch.from_numpy(common.cube_to_srgb(target.movedim(0, -1).numpy(), model.wavelengths)).movedim(-1, 0) / 255
+        sheet = common.scene_figure(seen, cube, target, model.wavelengths, f"{summary[rank]}, measured")
+        common.atomic_write(folder / "figures" / f"{rank}.png", partial(sheet.savefig, format="png", dpi=110))
     inside = {p: 100 * mean[f"coverage_{p}"] for p in COVERAGES if f"coverage_{p}" in mean}
-    with figure(folder / "figures" / "curves.png", 4, 16, 3.6) as axes:
+    with figure(folder / "figures" / "curves.png", 5, 20, 3.6) as axes:
         for axis, (key, values) in zip(axes, summary["per_band"].items(), strict=False):
             axis.plot(model.wavelengths, values, marker=".")
             axis.set(xlabel="wavelength, nm", title=f"{key.upper()} per band")
         axes[3].plot([0, 100], [0, 100], "k:", list(inside), list(inside.values()), "o-")
         axes[3].set(xlabel="nominal interval, %", title="values inside, %" if inside else "no calibration: no scale")
+        if "calibration" in summary:
+            scale, error = summary["calibration"].values()
+            axes[4].loglog(scale, scale, "k:", scale, error, "o-")
+            axes[4].set(xlabel="predicted scale, tenths of the values", title="mean absolute error")
     return summary
-
-
-def scene_figure(folder: Path, scene: str, wavelengths: list[float], path: Path) -> None:
-    """Target and prediction in sRGB, map of the relative error, spectra at four points."""
-    cube, target = (np.load(folder / "hsi" / f"{name}.npy") for name in (scene, f"{scene}_target"))
-    error = (np.abs(cube - target) / np.maximum(target, 0.01)).mean(0)
-    with figure(path, 4, 17, 4) as (first, second, third, plot):
-        show(first, common.cube_to_srgb(target.transpose(1, 2, 0), wavelengths), f"{scene}, target")
-        show(second, common.cube_to_srgb(cube.transpose(1, 2, 0), wavelengths), "prediction")
-        image = show(third, error, "relative error (floor 0.01)", cmap="magma", vmax=np.percentile(error, 99))
-        third.figure.colorbar(image, ax=third)
-        for i, (v, u) in enumerate(((1, 1), (1, 3), (3, 1), (3, 3))):
-            y, x = v * cube.shape[1] // 4, u * cube.shape[2] // 4
-            second.plot(x, y, "o", color=f"C{i}", markeredgecolor="white")
-            plot.plot(wavelengths, target[:, y, x], f"C{i}-", wavelengths, cube[:, y, x], f"C{i}--")
-        plot.set(xlabel="wavelength, nm", title="target (line) and prediction (dashed)")
 
 
 def report(summaries: list[dict], stress: list[dict], args: Settings, output: Path) -> None:
@@ -649,7 +659,8 @@ def export(model: Loaded, args: Settings) -> None:
     """Safetensors, configuration, model card, and an ONNX file of one input size, held against torch's output."""
     onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
     folder, side, module, failure = Path(args.export), args.patch_size or 256, model.module.cpu(), ""
-    common.save_weights(folder / "model.safetensors", module.state_dict(), model.kind, model.config, model.data)
+    common.save_weights(folder / "model.safetensors", module.state_dict(), model.kind, model.config, model.data,
+                        model.weights == "ema")
     example, file = torch.rand(1, 3, side, side), folder / "model.onnx"
     try:
         with torch.no_grad():
@@ -690,8 +701,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate or args.stress:
         evaluate(models, args, ranks)
     if args.input:
-        run_images(models[0], args)
-    if args.export:
+        run_images(models[0], args, ranks)
+    if args.export and ranks.is_main:
         export(models[0], args)
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +32,7 @@ from optimized_dataloader import DataConfig, MSTPlusPlusLoss, create_optimized_d
 from sharp_v322_hardened import SIZES, SHARPv32Config, SHARPv32Trainer, create_sharp_v32
 
 MODEL = "sharp"
-PROGRESS = ("epoch", "iteration", "step", "validated", "best", "metrics")  # how far a run is
+PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")  # how far a run is
 FIT_PIXELS = 2**18  # that the linear path is fitted on
 AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
 
@@ -54,6 +55,7 @@ class TrainConfig(DataConfig):
     weight_decay: float = opt(1e-4, "on weight matrices; never on norms, biases, layer scales", group="optimisation")
     gradient_clip: float = opt(1.0, "largest gradient norm; 0 is no clipping", group="optimisation")
     train_floor: float = opt(1e-3, "smallest denominator of the training MRAE", group="optimisation")
+    train_floor_start: float | None = opt(None, "its value at first, falling over the warm-up", group="optimisation")
     ema_decay: float = opt(0.999, "decay of the averaged weights; 0 is no averaging", group="optimisation")
     ema_update_every: int = opt(1, "steps between two updates of the average", group="optimisation")
 
@@ -63,7 +65,7 @@ class TrainConfig(DataConfig):
     compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
     use_channels_last: bool = opt(True, "weights of convolutions in channels_last memory", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
-    deterministic: bool = opt(False, "deterministic CUDA kernels", group="speed")
+    deterministic: bool = opt(False, "deterministic CUDA kernels; a warning names those that are not", group="speed")
 
     val_interval: int = opt(1, "epochs between validations", group="validation")
     val_crop_border: int = opt(128, "pixels removed on each side before scoring", group="validation")
@@ -110,15 +112,18 @@ def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
     if not cfg.use_amp or (cfg.amp_dtype == "auto" and device.type == "cpu"):
         return None
     if cfg.amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if cfg.amp_dtype == "bf16" else torch.float16
 
 
 def compile_in_place(network: nn.Module, cfg: Settings, device: torch.device) -> bool:
     """Compile without changing the state dict's keys; True when it is on."""
     wanted = device.type == "cuda" if cfg.compile_model is None else cfg.compile_model
-    if wanted and device.type == "cpu" and not common.find_compiler():
-        raise UserError("--compile_model needs a C++ compiler on a CPU: install g++ or give --no-compile_model")
+    if wanted and not common.find_compiler():
+        if cfg.compile_model:
+            raise UserError("--compile_model needs a C++ compiler: install g++ or give --no-compile_model")
+        print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
+        return False
     if wanted:
         network.compile(mode=cfg.compile_mode)
     return wanted
@@ -132,6 +137,7 @@ class Run:
         self.stop, self.say = common.StopSignal(), tqdm.write if ranks.is_main else lambda text: None
         resume = folder.resume_path(cfg.resume_from)
         state = common.read_checkpoint(resume) if resume else None
+        ranks.agree((str(resume), state.get("step") if state else 0), "the checkpoint to go on from")
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
         self.say(f"data: {self.train_loader.describe()}")
@@ -141,7 +147,12 @@ class Run:
         given = {name: value for name, value in fields.items() if value is not None and name != "compile_mode"}
         common.seed_everything(cfg.seed)
         bands = len(self.train_loader.wavelengths)
-        model = create_sharp_v32(cfg.model_size, out_channels=bands, **given).to(device)
+        try:
+            model = create_sharp_v32(cfg.model_size, out_channels=bands, **given).to(device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if cfg.patch_size < model.config.min_input_size:
+            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {model.config.min_input_size}")
         if state:
             common.load_weights(model, state["state_dict"], resume)
         elif ranks.is_main:
@@ -152,35 +163,39 @@ class Run:
         if ranks.world_size > 1:
             network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
         compiled = compile_in_place(network, cfg, device)
+        self.iterations = len(self.train_loader)
+        steps = math.ceil(self.iterations / cfg.accumulate_steps)
+        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps))
         self.engine = SHARPv32Trainer(
-            network, MSTPlusPlusLoss(floor=cfg.train_floor), lr=cfg.lr, weight_decay=cfg.weight_decay,
+            network, self.loss_fn, lr=cfg.lr, weight_decay=cfg.weight_decay,
             optimizer=torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam, amp_dtype=self.amp,
             grad_clip=cfg.gradient_clip, ema_decay=cfg.ema_decay, ema_update_every=cfg.ema_update_every)
         common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
 
-        self.iterations = len(self.train_loader)
-        steps = math.ceil(self.iterations / cfg.accumulate_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.engine.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr)
+        self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
+                           "train_floor": cfg.train_floor, "metric_floor": cfg.metric_floor}
         self.epoch = self.iteration = self.step = 0
-        self.validated, self.best, self.metrics = -1, math.inf, {}
+        self.validated, self.best, self.best_metrics, self.metrics = -1, math.inf, {}, {}
         if state:
             self.load(state, resume)
 
-        self.settings = dataclasses.asdict(cfg) | {
-            "compile_model": compiled, "amp_dtype": str(self.amp or torch.float32), "device": str(device)}
-        self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
-                           "train_floor": cfg.train_floor, "metric_floor": cfg.metric_floor}
+        self.settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if "help" in f.metadata} | {
+            "compile_model": compiled, "use_amp": self.amp is not None, "device": str(device)}  # --config reads it back
+        if self.amp is not None:
+            self.settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
         self.log = RunLog(folder.logs, ranks, self.step, cfg.wandb, self.settings)
         if ranks.is_main:
             common.write_json(folder.logs / "config.json", self.settings)
         parameters = sum(p.numel() for p in self.engine.model.parameters())
         self.say(f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; {device}, "
-                 f"{self.settings['amp_dtype']}, compile {'on' if compiled else 'off'}; run: {folder.logs}")
+                 f"{self.amp or torch.float32}, compile {'on' if compiled else 'off'}; run: {folder.logs}")
 
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=cfg.epochs * self.iterations, initial=self.epoch * self.iterations + self.iteration,
-                        unit="it", smoothing=0.02, disable=not ranks.is_main, dynamic_ncols=True, desc="train")
+                        unit="it", smoothing=0.02, disable=not ranks.is_main, dynamic_ncols=True, desc="train",
+                        mininterval=0.2 if sys.stderr.isatty() else 60, maxinterval=60)  # a log file is not filled with bars
 
     # --- the loop
 
@@ -204,7 +219,7 @@ class Run:
             common.write_json(self.folder.logs / "summary.json", {
                 "settings": self.settings, "model": dataclasses.asdict(self.engine.model.config), "data": self.data_facts,
                 "environment": common.environment_record(), "steps": self.step, "best_mrae": self.best,
-                "last": self.metrics, "seconds": time.monotonic() - start})
+                "best": self.best_metrics, "last": self.metrics, "seconds": time.monotonic() - start})
         self.say(f"done: best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}")
         return 0
 
@@ -213,7 +228,7 @@ class Run:
         cfg = self.cfg
         self.engine.wrapped.train()
         self.train_loader.set_position(self.epoch, self.iteration)
-        self.totals = torch.zeros(2)  # loss and steps since the last log line
+        self.totals = torch.zeros(3, device=self.device)  # loss, MRAE, steps since the last log line
         self.logged = (time.monotonic(), self.iteration)
         group = []
         for batch in self.train_loader:
@@ -222,12 +237,13 @@ class Run:
             done = self.iteration + len(group)
             if len(group) < cfg.accumulate_steps and done < self.iterations:
                 continue
+            self.loss_fn.step = self.step
             self.iteration, self.lr = done, self.engine.optimizer.param_groups[0]["lr"]
             try:
                 result = self.engine.train_step(group)
             except FloatingPointError as error:
                 raise UserError(f"step {self.step}: {error}; try a lower --lr or a higher --train_floor") from None
-            self.totals += torch.tensor([result["loss"], 1.0])
+            self.totals += torch.stack([result["loss"], result["error"], torch.ones_like(self.totals[0])])
             self.norm = result["grad_norm"]
             self.schedule.step()
             self.step += 1
@@ -243,15 +259,16 @@ class Run:
 
     def log_progress(self) -> None:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the device."""
-        loss = float(np.divide(*self.ranks.sum(self.totals.to(self.device)).tolist()))
+        loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
         speed = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size / (now - then)
         memory = common.memory_gb(self.device)
         self.log.write("train", self.step, {
-            "epoch": self.epoch, "loss": loss, "lr": self.lr, "grad_norm": self.norm,
+            "epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr, "grad_norm": self.norm.item(),
             "patches_per_second": speed, "memory_gb": memory})
         self.bar.set_postfix_str(
-            f"loss {loss:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB")
+            f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB",
+            refresh=sys.stderr.isatty())
         self.totals.zero_()
         self.logged = (now, self.iteration)
 
@@ -275,7 +292,8 @@ class Run:
         for scene in self.val_loader:
             if self.stop.requested:
                 break
-            output = model(scene.rgb.to(self.device))
+            with torch.compiler.set_stance("force_eager") if self.settings["compile_model"] else nullcontext():
+                output = model(scene.rgb.to(self.device))
             pred, cube = output[0] if isinstance(output, tuple) else output, scene.cube.to(self.device)
             scores.append((scene.name, common.scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)))
             if figure is None and self.ranks.is_main:
@@ -294,11 +312,11 @@ class Run:
         self.say(f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
                  f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g})")
         if m["mrae"] < self.best:
-            self.best = m["mrae"]
+            self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
             if self.ranks.is_main:
                 common.save_weights(self.folder.checkpoints / "best.safetensors", model.state_dict(), MODEL,
-                                    dataclasses.asdict(self.engine.model.config), self.data_facts)
+                                    dataclasses.asdict(self.engine.model.config), self.data_facts, average is not None)
         return True
 
     # --- state
@@ -321,6 +339,9 @@ class Run:
         missing = [key for key in ("engine", "schedule", "rng", *PROGRESS) if key not in state]
         if missing:
             raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
+        for key in ("rgb_norm", "wavelengths"):
+            if state["data"].get(key) != self.data_facts[key]:
+                raise UserError(f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}")
         self.engine.load_state_dict(state["engine"] | {"state_dict": state["state_dict"], "ema": state["ema"]})
         self.schedule.load_state_dict(state["schedule"])
         if len(state["rng"]) == self.ranks.world_size:
@@ -334,7 +355,9 @@ def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
     common.set_default_environment()
     ranks, device = common.init_process_group(cfg.device)
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # few operators have no deterministic kernel: they are named
     run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
     code = run.train()
     ranks.leave()

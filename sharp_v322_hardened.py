@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
@@ -22,8 +21,10 @@ from common_utils_v32 import (
     DropPath,
     SpectralAttention,
     build_from_checkpoint,
+    decay_groups,
     depth_to_space,
     fit_linear_spectral_path,
+    make_average,
     opt,
     space_to_depth,
 )
@@ -312,10 +313,13 @@ def sparse_attention_topk_streaming(
             out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
         elif sparse_mode == "block":
             out = _block_attention(q, k, v, scale, sparsity_ratio, k_cap, block_size, q_block_size)
+        elif torch.compiler.is_exporting():             # plain operators, for the small frame that a graph is exported for
+            scores = q @ k.mT * scale
+            least = scores.topk(min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)).values[..., -1:]
+            out = scores.masked_fill(scores < least, -math.inf).softmax(-1) @ v
         else:
-            run = _topk_forward if torch.compiler.is_exporting() else _topk_op
             keep = min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)
-            out = run(q.contiguous(), k.contiguous(), v.contiguous(), keep, scale, block_size, q_block_size)[0]
+            out = _topk_op(q.contiguous(), k.contiguous(), v.contiguous(), keep, scale, block_size, q_block_size)[0]
     return out.to(dtype)
 
 
@@ -358,14 +362,15 @@ class SHARPv32Config:
     sparsemax_pad_value: float | None = opt(None, "sparsemax score off the frame; none masks", group="sparse attention")
     non_negative: bool = opt(True, "clamp the cube at 0, gradients pass", group="model")
     basis_weight: float = opt(0.01, "weight of the loss that keeps spectra smooth, orthonormal", group="model")
-    compile_mode: str | None = opt(None, "torch.compile mode of the step engine; none is eager", group="model")
+    compile_mode: str | None = opt(None, "torch.compile mode of the step engine; none is eager", group="model", choices=(
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
     ema_update_every: int = opt(1, "steps between updates of the averaged weights", group="model")
 
     def __post_init__(self):
         self.depths, self.heads, self.mlp_ratios = tuple(self.depths), tuple(self.heads), tuple(self.mlp_ratios)
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in (None, *choices):
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
             if type(field.default) is int and (value < 1 or value != int(value)):
                 raise ValueError(f"{field.name} must be a positive integer, not {value}")
@@ -603,6 +608,9 @@ def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
 
 
 # ---- step engine ---------------------------------------------------------------------------------------------------
+CHECK_EVERY = 50                         # steps between two looks at the count of skipped ones
+
+
 class SHARPv32Trainer:
     """Optimizer steps for a model: mixed precision, clipping, accumulation, averaged weights. A script drives it.
     `model` is a SHARPv32, plain or in DistributedDataParallel; `loss_fn(prediction, target)` gets float32.
@@ -612,67 +620,59 @@ class SHARPv32Trainer:
                  ema_decay: float = 0.999, ema_update_every: int | None = None, max_bad_steps: int = 20):
         self.wrapped, self.loss_fn, self.grad_clip, self.amp_dtype = model, loss_fn, grad_clip, amp_dtype
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.ema_decay, self.max_bad_steps, self.steps, self.bad_steps = ema_decay, max_bad_steps, 0, 0
+        self.max_bad_steps, self.steps = max_bad_steps, 0
         self.ema_update_every = ema_update_every or self.model.config.ema_update_every
         self.device = next(model.parameters()).device
-        self.optimizer = optimizer(self._groups(weight_decay), lr=lr, betas=(0.9, 0.999))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
-        self.average = AveragedModel(self.model, avg_fn=self._average) if ema_decay > 0 else None
-        if self.average is not None:
-            self.average.n_averaged.fill_(1)            # the copy; else the first update would copy, not average
+        self.bad_steps = torch.zeros((), device=self.device)                  # in a row
+        self.optimizer = optimizer(decay_groups(self.model, weight_decay), lr=lr, betas=(0.9, 0.999), fused=True)
+        # The scaler scales for float16 only; for every type it makes the optimizer skip gradients that are not finite.
+        scaling = {} if amp_dtype is torch.float16 else {"init_scale": 1.0, "backoff_factor": 1 - 2**-40}  # in float32, 1
+        self.scaler = torch.amp.GradScaler(self.device.type, **scaling)
+        self.average = make_average(self.model, ema_decay, self.ema_update_every)
         if self.model.config.compile_mode:
             model.compile(mode=self.model.config.compile_mode)      # in place: names in state_dict stay
 
-    def _groups(self, weight_decay: float) -> list[dict]:
-        """Weights of linear maps and convolutions decay; norms, biases, layer scales, centres, the basis do not."""
-        decayed = [m.weight for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        rest = [p for p in self.model.parameters() if all(p is not weight for weight in decayed)]
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-    def _average(self, average: Tensor, new: Tensor, n: Tensor) -> Tensor:
-        decay = min(self.ema_decay ** self.ema_update_every, int(n) / (9 + int(n)))       # n counts the copy, too
-        return average.lerp(new, 1.0 - decay)
-
-    def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """One optimizer step on (rgb, cube) batches, the same as on one big batch. Returns loss, grad_norm and skipped:
-        gradients that are not finite skip the step. FloatingPointError after `max_bad_steps` such steps in a row."""
+    def train_step(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """One optimizer step on (rgb, cube) batches, the same as on one big batch. Gradients that are not finite skip it.
+        Returns loss, error (`loss_fn` alone) and grad_norm as tensors: nothing waits for the device. FloatingPointError
+        after `max_bad_steps` skipped steps in a row, which a GPU is asked for every CHECK_EVERY steps."""
         self.optimizer.zero_grad(set_to_none=True)
-        count, total = sum(len(rgb) for rgb, _ in batches), 0.0
+        count, totals = sum(len(rgb) for rgb, _ in batches), torch.zeros(2, device=self.device)
         for index, (rgb, target) in enumerate(batches):
             last = index == len(batches) - 1 or self.wrapped is self.model
             with nullcontext() if last else self.wrapped.no_sync():
                 with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                     cube = self.wrapped(rgb)
-                loss = (self.loss_fn(cube.float(), target) + self.model.auxiliary_loss()) * (len(rgb) / count)
-                loss = loss * (1 + 0 * loss.detach())   # a loss of NaN has gradients of NaN, on every rank
+                error = self.loss_fn(cube.float(), target)
+                loss = error + self.model.auxiliary_loss()
+                loss = loss * (1 + 0 * loss.detach()) * (len(rgb) / count)      # a loss of NaN has gradients of NaN
                 self.scaler.scale(loss).backward()
-            total += loss.detach()
+            totals += torch.stack([loss.detach(), error.detach() * (len(rgb) / count)])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
-        finite = bool(norm.isfinite())                  # waits for the device; so does reading the loss
-        if finite:
-            self.scaler.step(self.optimizer)
-            self.steps += 1
+        self.bad_steps = (self.bad_steps + 1) * ~norm.isfinite()
+        self.scaler.step(self.optimizer)                # fused: it reads the scaler's flag on the device
         self.scaler.update()
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if self.bad_steps >= self.max_bad_steps:
-            raise FloatingPointError(f"{self.bad_steps} steps in a row had non-finite gradients; lower the lr?")
-        if finite and self.average is not None and self.steps % self.ema_update_every == 0:
+        self.steps += 1
+        if (self.device.type == "cpu" or self.steps % CHECK_EVERY == 0) and self.bad_steps >= self.max_bad_steps:
+            raise FloatingPointError(f"{int(self.bad_steps)} steps in a row had non-finite gradients; lower the lr?")
+        if self.average is not None and self.steps % self.ema_update_every == 0:
             self.average.update_parameters(self.model)
-        return {"loss": float(total), "grad_norm": float(norm), "skipped": not finite}
+        return {"loss": totals[0], "error": totals[1], "grad_norm": norm}
 
     def state_dict(self) -> dict:
         """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model, or None."""
         average = self.average
         return {"state_dict": self.model.state_dict(), "ema": average.module.state_dict() if average else None,
                 "ema_updates": int(average.n_averaged) if average else 0, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "step": self.steps, "bad_steps": self.bad_steps}
+                "scaler": self.scaler.state_dict(), "step": self.steps, "bad_steps": int(self.bad_steps)}
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.steps, self.bad_steps = state["step"], state["bad_steps"]
+        self.steps = state["step"]
+        self.bad_steps.fill_(state["bad_steps"])
         if self.average is not None and state["ema"]:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_updates"])

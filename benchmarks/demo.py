@@ -8,6 +8,7 @@ relative error, and the trained network; and with summary.json. Exits with 1 whe
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,15 @@ SCENES, SIDE, SEED = 24, 256, 0
 EPOCHS, ITERATIONS = 5, 360
 RGB_NORM, FLOOR = "unit", 0.01  # one exposure for all scenes, so brightness means something; dark shadows
 TRAIN_FLOOR = 0.15  # a larger one than the metric's: the network is to win in RMSE too, which bright pixels decide
+MARKER = ".hsi-demo"  # in a folder that a demo made, and the next may remove
 MARGIN = 0.85  # of the linear maps' errors, at most
 
 
 def run(says: str, script: str, *arguments: str) -> None:
     """Run one of the scripts, its output and bars passed through; its error ends the demo."""
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode
+    here = {name: value for name, value in os.environ.items() if not name.startswith("HSI_")}  # all files go to --output
+    code = subprocess.run([sys.executable, str(ROOT / script), *arguments], env=here).returncode
     if code:
         sys.exit(code)
     print(f"=> {says}", flush=True)
@@ -61,8 +64,12 @@ def main() -> int:
     output = parser.parse_args().output
     start = time.monotonic()
     raw, staged, runs, results = (output / name for name in ("raw", "staged", "experiments", "results"))
-    for folder in (raw, staged, runs, results):
-        shutil.rmtree(folder, ignore_errors=True)
+    if output.exists() and any(output.iterdir()):
+        if not (output / MARKER).exists():
+            sys.exit(f"error: --output {output}: holds other things than an earlier demo; give a new or empty folder")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
 
     run(f"{SCENES} scenes in the ARAD-1K layout: {raw}", "dataset_setup.py", "--synthetic", str(SCENES),
         "--output-root", str(raw), "--size", f"{SIDE}x{SIDE}", "--seed", str(SEED), "--workers", "2")
@@ -72,7 +79,7 @@ def main() -> int:
         "--model_size", "tiny", "--patch_size", "64", "--batch_size", "4", "--epochs", str(EPOCHS),
         "--iterations_per_epoch", str(ITERATIONS), "--warmup_epochs", "0.2", "--rgb_norm", RGB_NORM,
         "--train_floor", str(TRAIN_FLOOR), "--metric_floor", str(FLOOR), "--lr", "8e-4", "--ema_decay", "0.99",
-        "--output_dir", str(runs))
+        "--val_interval", str(EPOCHS), "--output_dir", str(runs))  # scored once: nothing is chosen by the held-out scenes
     best = str(runs / "hsifusion_tiny" / "best.ckpt")
     run(f"metrics and figures of the held-out scenes: {results}", "sharp_inference.py", "--checkpoint", best, "--evaluate",
         "--data_root", str(staged), "--split", "val", "--metric_floor", str(FLOOR), "--output", str(results))

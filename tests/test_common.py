@@ -1,6 +1,7 @@
 """What the scripts share: metrics against plain NumPy (and MST++'s own code where it is at hand), command line, files."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,22 @@ def test_importing_prints_nothing_and_changes_no_global_state(module):
             f"before = state()\nimport {module}\nassert before == state()\nassert not torch.cuda.is_initialized()")
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+BLOCKS = (ROOT / "README.md").read_text().split("```bash\n")[1:]
+COMMANDS = [line.split("    #")[0].removeprefix("python ").split() for block in BLOCKS
+            for line in block.split("```")[0].splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_of_the_readme_parses(command):
+    if command[:2] == ["-m", "torch.distributed.run"]:
+        command = command[3:]
+    module, argv = importlib.import_module(command[0].removesuffix(".py")), command[1:]
+    if hasattr(module, "build_parser"):
+        assert module.build_parser().parse_args(argv)
+    else:
+        assert common.parse_dataclass(module.Settings, argv)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -115,6 +132,22 @@ def test_per_band_metrics_average_to_the_whole():
     pred, target = (torch.from_numpy(x) for x in scene())
     bands = common.per_band_metrics(pred, target)
     assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(common.mrae(pred, target))
+
+
+def test_a_record_of_the_environment_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common.environment_record()["git_commit"] is None
+
+
+def test_a_scene_without_an_angle_is_left_out_of_the_interval():
+    assert common.bootstrap_interval([2.0, math.nan, 2.0]) == (2.0, 2.0)
+
+
+def test_both_floors_of_mrae_are_recorded():
+    pred, target = (torch.from_numpy(x) for x in scene())
+    found = common.scene_metrics(pred, target, floor=0.05)
+    for floor in (0.01, 1e-6):
+        assert found[f"mrae_floor_{floor:g}_full"] == pytest.approx(numpy_metrics(pred.numpy(), target.numpy(), floor)["mrae"])
 
 
 def test_bootstrap_interval_covers_the_mean_and_shrinks():

@@ -411,6 +411,13 @@ def test_key_and_axes_are_used_and_wavelengths_asked_for(tmp_path):
     assert np.load(tmp_path / "s" / index["splits"]["val"][0]["cube"]) == pytest.approx(cube / 2, rel=1e-6)
 
 
+def test_two_files_of_one_scene_are_an_error_not_a_choice(tmp_path):
+    for name in ("a.npy", "a.npz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="a.np. and .*a.np. are both scene a"):
+        ds.main(["--cubes", str(tmp_path), "--output-root", str(tmp_path / "staged")])
+
+
 def test_a_cave_folder_is_staged_with_its_picture(tmp_path):
     rng = np.random.default_rng(0)
     planes = {}

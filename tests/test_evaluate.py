@@ -67,6 +67,15 @@ def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbe
     assert "| m (ema weights, rgb per_image)" in (tmp_path / "res/table.md").read_text()
 
 
+def test_scenes_of_other_wavelengths_are_refused(tmp_path):
+    path, data_root = write_checkpoint(tmp_path / "m.ckpt"), write_raw_arad(tmp_path / "raw", train=("t",), valid=("v",))
+    state = common.read_checkpoint(path)
+    state["data"]["wavelengths"] = [w + 20 for w in state["data"]["wavelengths"]]
+    common.save_checkpoint(path, state)
+    with pytest.raises(common.UserError, match="was trained on 425..725 nm"):
+        run("--checkpoint", path, "--evaluate", "--data_root", data_root, "--output", tmp_path / "res")
+
+
 def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_a_scale(tmp_path, scenes):
     write_checkpoint(tmp_path / "a.ckpt")
     write_checkpoint(tmp_path / "b.ckpt", estimate_uncertainty=True)

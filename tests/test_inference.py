@@ -161,6 +161,45 @@ def test_batch_goes_on_after_bad_inputs_and_lists_them(tmp_path, checkpoint, cap
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.npy", "c.npy"]
 
 
+def test_an_input_that_is_not_there_does_not_stop_the_others(tmp_path, checkpoint):
+    photo(tmp_path / "a.png")
+    with pytest.raises(common.UserError, match="1 of 2 inputs failed: .*gone.png: no such image"):
+        run("--checkpoint", checkpoint, "--input", tmp_path / "gone.png", tmp_path / "a.png", "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "a.npy").exists()
+
+
+@pytest.mark.parametrize("damage", [{"state_dict": [1]}, {"model_config": [1]}, {"data": "x"},
+                                    {"model_config": {"in_channels": 4}}])
+def test_a_checkpoint_of_the_wrong_kind_is_one_line(tmp_path, checkpoint, damage):
+    state = common.read_checkpoint(checkpoint)
+    if "in_channels" in damage.get("model_config", ()):
+        damage = {"model_config": state["model_config"] | damage["model_config"]}
+    common.save_checkpoint(tmp_path / "bad.ckpt", state | damage)
+    photo(tmp_path / "a.png")
+    with pytest.raises(common.UserError, match="bad.ckpt"):
+        run("--checkpoint", tmp_path / "bad.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+
+
+def test_safetensors_say_whether_their_weights_are_averaged(tmp_path, checkpoint):
+    state = common.read_checkpoint(checkpoint)
+    for averaged in (True, False):
+        path = tmp_path / f"{averaged}.safetensors"
+        common.save_weights(path, state["state_dict"], "hsifusion", state["model_config"], state["data"], averaged)
+        args = inference.Settings(checkpoint=[str(path)], input=["x"], output="y")
+        assert inference.load_model(str(path), args, torch.device("cpu")).weights == ("ema" if averaged else "raw")
+
+
+def test_bands_that_the_eye_cannot_see_have_a_preview_too(tmp_path):
+    model = standin_model.create("tiny")
+    state = {"model": "hsifusion", "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(),
+             "data": {"rgb_norm": "unit", "wavelengths": [800.0 + 10 * i for i in range(31)]}}
+    common.save_checkpoint(tmp_path / "ir.ckpt", state)
+    photo(tmp_path / "a.png")
+    run("--checkpoint", tmp_path / "ir.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--preview",
+        "--points", "3,4")
+    assert Image.open(tmp_path / "a_preview.png").size == (90, 72)
+
+
 def test_existing_cube_is_kept_unless_overwrite(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
     (tmp_path / "a.npy").write_bytes(b"mine")

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_raw_arad
 
 import common_utils_v32 as common
 from common_utils_v32 import Ranks, RunFolder, UserError
@@ -167,6 +169,76 @@ def test_resume_is_exact_also_in_the_middle_of_an_epoch(trainer, stopped_at, raw
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("trainer, number", zip(TRAINERS, (signal.SIGTERM, signal.SIGUSR1), strict=True))
+def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, raw_arad, tmp_path):
+    args = arguments(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 100000)
+    job = subprocess.Popen([sys.executable, ROOT / f"{trainer}.py", *args], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                           stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(number)
+    assert job.wait(60) == common.STOPPED and checkpoint(tmp_path)["step"] > 0
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_saved_settings_make_the_same_run_again(trainer, raw_arad, tmp_path):
+    module = importlib.import_module(trainer)
+    run = make_run(trainer, raw_arad, tmp_path, "--lr", 1e-3, DROP[trainer], 0.1)
+    again = common.parse_dataclass(module.Settings, ["--config", str(tmp_path / "run" / "config.json")])
+    for name, value in run.settings.items():
+        assert getattr(again, name) == value or list(getattr(again, name)) == list(value), name
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_many_skipped_steps_apart_leave_the_scale_as_it_is(trainer, raw_arad, tmp_path):
+    scaler = getattr(run := make_run(trainer, raw_arad, tmp_path), "engine", run).scaler
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for _ in range(200):
+        weight.grad = scaler.scale(torch.tensor([math.nan]))
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0 and weight.item() == 1.0
+
+
+KILLED_RUNS = """
+import os, random, signal, sys, time
+import torch.utils.tensorboard
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_training as t
+trainer, data, out = sys.argv[3], *map(Path, sys.argv[4:6])
+random.seed(1)
+last, step = out / "run" / "last.ckpt", 0
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        t.make_run(trainer, data, out, "--iterations_per_epoch", 5000, "--save_minutes", 1e-9, "--resume_from", "auto").train()
+        os._exit(1)
+    deadline = time.monotonic() + 60
+    while not (last.exists() and t.checkpoint(out)["step"] > step):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert t.checkpoint(out)["step"] >= step
+    step = t.checkpoint(out)["step"]
+print(step)
+"""
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_twenty_kills_at_random_moments_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
+    """A save after every step, so that many a kill comes while one is written; each run goes on from the one before."""
+    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, ROOT, ROOT / "tests", trainer, raw_arad, tmp_path],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 20
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_stop_during_validation_saves_and_validates_after_the_resume(trainer, raw_arad, tmp_path):
     run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
@@ -201,7 +273,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="last.ckpt: the disk is full"):
         common.save_checkpoint(tmp_path / "last.ckpt", {"state_dict": {"a": torch.zeros(2)}})
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     assert common.read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"].sum() == 2
@@ -309,7 +381,8 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
     decayed, free = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters()}
-    assert not [names[id(p)] for p in decayed["params"] if "norm" in names[id(p)] or names[id(p)].endswith("bias")]
+    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert any("temperature" in names[id(p)] for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
@@ -359,20 +432,39 @@ def test_folders_follow_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, raw_arad, tmp_path):
-    def launch(out, *more, ranks=2):
-        args = arguments(trainer, raw_arad, out, "--save_minutes", 99, *more)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
-                               ROOT / f"{trainer}.py", *args], capture_output=True, text=True, env=env, timeout=200)
-        return done
+def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, tmp_path):
+    """With accumulation and averaged weights; the second job of two ranks is killed after its first save, and goes on."""
+    raw_arad = write_raw_arad(tmp_path / "raw", valid=("v", "w", "x"))
+    more = ("--iterations_per_epoch", 41, "--epochs", 1, "--accumulate_steps", 2, "--ema_update_every", 2)
 
-    done = launch(tmp_path / "two", "--batch_size", 1)
-    assert done.returncode == 0, done.stderr
-    assert make_run(trainer, raw_arad, tmp_path / "one").train() == 0
+    def start(out, *more):
+        args = arguments(trainer, raw_arad, out, *more)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                                 ROOT / f"{trainer}.py", *args], stderr=subprocess.PIPE, text=True, env=env)
+
+    def finish(job):
+        _, errors = job.communicate(timeout=200)
+        return job.returncode, errors
+
+    assert finish(start(tmp_path / "two", *more, "--batch_size", 1))[0] == 0
+    assert make_run(trainer, raw_arad, tmp_path / "one", *more).train() == 0
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+
+    job, saved = start(tmp_path / "cut", *more, "--batch_size", 1, "--save_minutes", 1e-6), tmp_path / "cut/run/last.ckpt"
+    while not saved.exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    for process in (*psutil.Process(job.pid).children(recursive=True), job):
+        process.kill()
+    finish(job)
+    assert 0 < checkpoint(tmp_path / "cut")["step"] < two["step"] == 21
+    assert finish(start(tmp_path / "cut", *more, "--batch_size", 1, "--resume_from", "auto"))[0] == 0
+    cut = checkpoint(tmp_path / "cut")
+    assert_same({**cut, "settings": None}, {**two, "settings": None})
+
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-5)
     assert one["metrics"]["mrae"] == pytest.approx(two["metrics"]["mrae"], abs=1e-5)
-    done = launch(tmp_path / "bad", "--data_root", tmp_path / "missing")
-    assert done.returncode != 0 and "missing" in done.stderr
+    code, errors = finish(start(tmp_path / "bad", "--data_root", tmp_path / "missing"))
+    assert code != 0 and "missing" in errors
