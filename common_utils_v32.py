@@ -19,27 +19,28 @@ import subprocess
 import sys
 import tempfile
 import time
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-# --- command line ---------------------------------------------------------------------------------------------------
-
+# --- command line
 
 class UserError(Exception):
     """Bad input. The message is one line that names the file, flag or value and says what to do."""
 
 
-def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main: a UserError or an OS error becomes one line on stderr and exit code 2, never a traceback."""
     try:
         sys.exit(main() or 0)
@@ -52,10 +53,8 @@ def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
 
 def opt(default: Any, help: str, *, group: str = "settings", choices: tuple | None = None) -> Any:
     """A dataclass field that also describes its command-line flag."""
-    meta = {"help": help, "group": group, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+    start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**start, metadata={"help": help, "group": group, "choices": choices})
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -66,68 +65,46 @@ class CliParser(argparse.ArgumentParser):
     """argparse with dashes and underscores both accepted in flags, defaults in --help and one-line errors."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def _get_option_tuples(self, option_string: str) -> list:
-        return []
+        super().__init__(allow_abbrev=False, **{"formatter_class": HelpFormatter} | kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
         args = sys.argv[1:] if args is None else list(args)
-        for i, arg in enumerate(args):
-            if arg == "--":
-                break
-            name, equals, value = arg.partition("=")
-            if name.startswith("--") and name.replace("-", "_") in known:
-                args[i] = known[name.replace("-", "_")] + equals + value
+        for i, arg in enumerate(args[:args.index("--")] if "--" in args else args):
+            if arg.startswith("--"):
+                name, equals, value = arg.partition("=")
+                args[i] = known.get(name.replace("-", "_"), name) + equals + value
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def _flag_type(hint: Any) -> tuple[type, bool, bool]:
-    """A field's type hint -> (scalar type, is it a list, may it be None)."""
-    args = typing.get_args(hint)
-    optional = type(None) in args
-    if optional:
-        hint = next(a for a in args if a is not type(None))
-        args = typing.get_args(hint)
-    if typing.get_origin(hint) in (list, tuple):
-        return args[0], True, optional
-    return hint, False, optional
-
-
-def add_dataclass_flags(parser: argparse.ArgumentParser, cls: type, skip: tuple[str, ...] = ()) -> None:
-    """One flag per `opt` field of a dataclass, in titled groups; booleans become --x/--no-x."""
-    hints, groups = typing.get_type_hints(cls), {g.title: g for g in parser._action_groups}
-    for field in dataclasses.fields(cls):
-        if field.name in skip or "help" not in field.metadata:
-            continue
-        title = field.metadata.get("group", "settings")
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        kind, many, _ = _flag_type(hints[field.name])
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        shared = {"dest": field.name, "default": default, "help": field.metadata.get("help", "").replace("%", "%%")}
-        if kind is bool:
-            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **shared)
-        else:
-            if many:
-                shared["nargs"] = "+"
-            group.add_argument(f"--{field.name}", type=kind, choices=field.metadata.get("choices"), **shared)
-
-
 def parse_dataclass(cls: type, argv: list[str] | None = None, description: str = "") -> Any:
-    """Command line -> a dataclass instance. `--config FILE.json` gives defaults, the command line wins; a key that is no
-    flag is an error. ValueErrors of __post_init__ become UserErrors."""
+    """Command line -> a dataclass instance: one flag per `opt` field, in titled groups; booleans become --x/--no-x.
+
+    --config gives defaults; a key that is no flag is an error. ValueErrors of __post_init__ become UserErrors."""
     parser = CliParser(description=description)
     parser.add_argument("--config", metavar="FILE.json", help="settings to start from; the command line wins")
-    add_dataclass_flags(parser, cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
+    hints, groups = get_type_hints(cls), {}
+    for name, field in fields.items():
+        title, choices, hint = field.metadata["group"], field.metadata["choices"], hints[name]
+        if type(None) in get_args(hint):
+            hint = get_args(hint)[0]
+        if hint is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(hint) in (list, tuple):
+            kind = {"type": get_args(hint)[0], "nargs": "+", "choices": choices}
+        else:
+            kind = {"type": hint, "choices": choices}
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        groups[title].add_argument(f"--{name}", default=default, help=field.metadata["help"].replace("%", "%%"), **kind)
     argv = sys.argv[1:] if argv is None else argv
     path = parser.parse_known_args(argv)[0].config
-    values = vars(parser.parse_args([*(_config_flags(cls, path) if path else []), *argv]))
+    values = vars(parser.parse_args([*(_config_flags(path, set(fields)) if path else []), *argv]))
     values.pop("config")
     try:
         return cls(**values)
@@ -135,13 +112,12 @@ def parse_dataclass(cls: type, argv: list[str] | None = None, description: str =
         raise UserError(str(error)) from None
 
 
-def _config_flags(cls: type, path: str) -> list[str]:
+def _config_flags(path: str, known: set[str]) -> list[str]:
     """The settings of a JSON file as flags, so that one parser checks both. A null leaves the default."""
     settings, flags = read_json(path), []
-    known = {f.name for f in dataclasses.fields(cls) if "help" in f.metadata}
-    if not isinstance(settings, dict) or set(settings) - known:
-        unknown = ", ".join(sorted(set(settings) - known)) if isinstance(settings, dict) else "a list"
-        raise UserError(f"--config {path}: unknown settings: {unknown}; --help lists the known ones")
+    unknown = set(settings) - known if isinstance(settings, dict) else {"a list"}
+    if unknown:
+        raise UserError(f"--config {path}: unknown settings: {', '.join(sorted(unknown))}; --help lists the known ones")
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
@@ -152,13 +128,12 @@ def _config_flags(cls: type, path: str) -> list[str]:
 
 def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
     """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset decides"."""
-    hints = typing.get_type_hints(cls)
+    hints = get_type_hints(cls)
     return [(f.name, hints[f.name] | None, dataclasses.field(default=None, metadata=f.metadata))
             for f in dataclasses.fields(cls) if f.name not in skip]
 
 
-# --- process group and seeds ----------------------------------------------------------------------------------------
-
+# --- process group and seeds
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -184,23 +159,23 @@ class Ranks:
             return flags
         return tuple((self.sum(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist())
 
+    def gather(self, item: Any) -> list:
+        """Every rank's picklable item, in rank order, on every rank."""
+        items = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+    def agree(self, value: Any, what: str) -> None:
+        """UserError unless all ranks hold the same value, which would leave some waiting for the others for ever."""
+        values = list(map(str, self.gather(value)))
+        if len(set(values)) > 1:
+            raise UserError(f"{what} differs between ranks: {', '.join(values)}; use a folder that all of them see")
+
     def leave(self) -> None:
         if self.world_size > 1:
             dist.barrier()  # rank 0 may still be saving, and a launcher may end the job with its first rank
             dist.destroy_process_group()
-
-    def agree(self, value: Any, what: str) -> None:
-        """UserError unless all ranks hold the same value, which would leave some waiting for the others for ever."""
-        if len(set(map(str, values := self.gather(value)))) > 1:
-            raise UserError(f"{what} differs between ranks: {', '.join(map(str, values))}; use a folder that all of them see")
-
-    def gather(self, item: Any) -> list:
-        """Every rank's picklable item, in rank order, on every rank."""
-        items = [item]
-        if self.world_size > 1:
-            items = [None] * self.world_size
-            dist.all_gather_object(items, item)
-        return items
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -247,7 +222,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# --- files and checkpoints ------------------------------------------------------------------------------------------
+# --- files and checkpoints
+
+# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2, little-endian.
+MAT_HEADER = b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116) + bytes(8) + b"\x00\x02IM"
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -257,10 +235,10 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(handle, 0o644)
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -269,25 +247,10 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
-# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2, little-endian.
-MAT_HEADER = b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116) + bytes(8) + b"\x00\x02IM"
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready: numpy and torch scalars and arrays unwrapped, NaN and infinities as null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (np.generic, np.ndarray, Tensor)):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
 def to_json(value: Any, **kwargs: Any) -> str:
-    return json.dumps(_plain(value), allow_nan=False, **kwargs)
+    """JSON of plain values, paths, and numpy or torch scalars and arrays; NaN and infinities become null."""
+    text = json.dumps(value, default=lambda x: str(x) if isinstance(x, Path) else x.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), **kwargs)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -308,16 +271,11 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-CHECKPOINT_FORMAT = "hsi-checkpoint"
-
-
 def save_weights(path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool) -> None:
     """Save weights as .safetensors, with what is needed to rebuild the model in its metadata."""
-    from safetensors.torch import save
-
-    metadata = {"format": CHECKPOINT_FORMAT, "model": model, "model_config": to_json(model_config), "data": to_json(data),
+    metadata = {"format": "hsi-checkpoint", "model": model, "model_config": to_json(model_config), "data": to_json(data),
                 "averaged": to_json(averaged)}
-    payload = save({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata)
+    payload = safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata)
     atomic_write(path, lambda file: file.write(payload))
 
 
@@ -330,7 +288,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        try:
+            with safe_open(path, "pt") as file:
+                meta, weights = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            facts = {key: json.loads(meta.get(key, "{}")) for key in ("model_config", "data")}
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        ema = weights if meta.get("averaged") == "true" else None
+        return {"model": meta.get("model"), "ema": ema, "state_dict": weights, **facts}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file; each means the same to the user
@@ -338,9 +303,8 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    if "state_dict" not in state:
-        state = {"state_dict": state}
-    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | state
+    bare = "state_dict" not in state
+    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | ({"state_dict": state} if bare else state)
     weights = state["state_dict"]
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{path}: holds no model weights")
@@ -349,56 +313,41 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def _read_safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            meta, weights = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        facts = {key: json.loads(meta.get(key, "{}")) for key in ("model_config", "data", "averaged")}
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    averaged = facts.pop("averaged") is True
-    return {"model": meta.get("model"), "ema": weights if averaged else None, "state_dict": weights, **facts}
-
-
 def build_from_checkpoint(path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True) -> nn.Module:
     """Rebuild a model from any checkpoint of the trainers; the averaged weights where there are any and `ema` is on."""
     state = read_checkpoint(path)
     if state["model"] not in (kind, None) or not state["model_config"]:
         raise UserError(f"{path}: holds {state['model'] or 'bare weights'}, not a {kind} checkpoint with its configuration")
     model = create(**state["model_config"])
-    load_weights(model, state["ema"] if ema and state["ema"] else state["state_dict"], path)
+    load_weights(model, (ema and state["ema"]) or state["state_dict"], path)
     return model
 
 
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     """load_state_dict with a one-line UserError on a mismatch; a `module.` prefix of DDP is dropped."""
-    weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()})
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
         raise UserError(f"{path}: weights do not fit this model: {' '.join(first).strip()[:200]}") from None
 
 
-# --- a run's folder, log and signals ----------------------------------------------------------------------------------
+# --- a run's folder, log and signals
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved: "try again" (EX_TEMPFAIL of sysexits.h)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes: `<output_dir>/<name>`; HSI_LOG_DIR and HSI_CKPT_DIR, when set, take logs and checkpoints to
-    `$VAR/<name>`."""
+    """Where a run writes: `<output_dir>/<name>`; logs to `$HSI_LOG_DIR/<name>`, checkpoints to `$HSI_CKPT_DIR/<name>` if set."""
 
     logs: Path
     checkpoints: Path
 
     @classmethod
     def of(cls, output_dir: str, name: str) -> RunFolder:
-        logs, checkpoints = (os.environ.get(variable) or output_dir for variable in ("HSI_LOG_DIR", "HSI_CKPT_DIR"))
-        return cls(Path(logs, name), Path(checkpoints, name))
+        return cls(*(Path(os.environ.get(variable) or output_dir, name) for variable in ("HSI_LOG_DIR", "HSI_CKPT_DIR")))
 
     def resume_path(self, resume_from: str | None) -> Path | None:
         """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one, None for a new run.
@@ -439,8 +388,8 @@ class RunLog:
                 import wandb
             except ImportError:
                 raise UserError("--wandb needs the wandb package: pip install wandb, or leave --wandb away") from None
-            self.wandb = wandb.init(project=wandb_project, name=folder.name, id=folder.name, resume="allow", config=settings,
-                                    dir=str(folder))
+            name = folder.name
+            self.wandb = wandb.init(project=wandb_project, name=name, id=name, resume="allow", config=settings, dir=str(folder))
 
     def write(self, kind: str, step: int, values: dict) -> None:
         if not self.active:
@@ -454,25 +403,22 @@ class RunLog:
             self.wandb.log(scalars, step=step)
 
     def figure(self, name: str, step: int, figure: Any) -> None:
+        if self.wandb:
+            self.wandb.log({name: figure}, step=step)
         if self.active:
-            if self.wandb:
-                self.wandb.log({name: figure}, step=step)
             self.board.add_figure(name, figure, step)
 
     def close(self) -> None:
         if self.active:
             self.lines.close()
             self.board.close()
-            if self.wandb:
-                self.wandb.finish()
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        if self.wandb:
+            self.wandb.finish()
 
 
 def leave_process_group(worker: int) -> None:
-    """For a loader's workers: launchers signal the trainer's whole process group, and the trainer needs its workers to
-    end its step. They keep the default handlers, by which the loader itself ends them."""
+    """For a loader's workers: a launcher's signal to the trainer's process group must not end them before the trainer's step
+    ends. They keep the default handlers, by which the loader itself ends them."""
     os.setsid()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -505,10 +451,8 @@ def set_rng_state(state: dict) -> None:
 
 def environment_record() -> dict:
     """Versions, machine and git commit that a number was made with."""
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": device,
             "threads": torch.get_num_threads(), "git_commit": commit or None}
@@ -518,14 +462,13 @@ def memory_gb(device: torch.device) -> float:
     """Peak CUDA memory of this process, or its resident memory on a CPU, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import psutil
-
     return psutil.Process().memory_info().rss / 1e9
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
-# All take (C, H, W) or (1, C, H, W) tensors in any memory layout and compute in float64. Definitions: the NTIRE 2022
-# spectral reconstruction challenge as the MST++ toolbox runs it, with a floor on MRAE's denominator.
+# --- metrics
+# Of (C, H, W) or (1, C, H, W) tensors in any memory layout, in float64, as defined by the NTIRE 2022 spectral reconstruction
+# challenge (run by the MST++ toolbox), with a floor on MRAE's denominator.
+
 
 def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     pred, target = pred.detach().double(), target.detach().double()
@@ -548,34 +491,25 @@ def rmse(pred: Tensor, target: Tensor) -> float:
 
 def psnr(pred: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, both clamped to [0, 1], peak 1."""
-    pred, target = _pair(pred, target)
-    mse = (pred.clamp(0, 1) - target.clamp(0, 1)).square().mean().item()
-    return math.inf if mse == 0 else -10 * math.log10(mse)
-
-
-def sam_map(pred: Tensor, target: Tensor) -> Tensor:
-    """Spectral angle per pixel in degrees, (H, W)."""
-    pred, target = _pair(pred, target)
-    norms = pred.norm(dim=0) * target.norm(dim=0)
-    # atan2 of the two half-angle chords stays exact near 0, where acos of a rounded cosine gives 1e-6 degrees of noise
-    a, b = pred * target.norm(dim=0), target * pred.norm(dim=0)
-    angle = torch.rad2deg(2 * torch.atan2((a - b).norm(dim=0), (a + b).norm(dim=0)))
-    return torch.where(norms > 0, angle, torch.full_like(angle, 90.0))
+    error = rmse(pred.clamp(0, 1), target.clamp(0, 1))
+    return -20 * math.log10(error) if error else math.inf
 
 
 def sam(pred: Tensor, target: Tensor, dark: float = 0.01) -> float:
-    """Mean spectral angle in degrees over the pixels whose mean target is above `dark` (a black pixel has no angle)."""
-    lit = _pair(pred, target)[1].mean(dim=0) > dark
-    return sam_map(pred, target)[lit].mean().item() if lit.any() else math.nan
+    """Mean spectral angle in degrees over the pixels whose mean target is above `dark` (a black one has no angle), or NaN."""
+    pred, target = _pair(pred, target)
+    lit = target.mean(dim=0) > dark
+    a, b = F.normalize(pred[:, lit], dim=0), F.normalize(target[:, lit], dim=0)
+    # atan2 of the two half-angle chords stays exact near 0, where acos of a rounded cosine gives 1e-6 degrees of noise
+    return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=0), (a + b).norm(dim=0))).mean().item()
 
 
 def ergas(pred: Tensor, target: Tensor) -> float:
-    """Relative dimensionless global error in synthesis (Wald 2000) at a resolution ratio of 1, in percent; bands whose
-    mean is zero are left out."""
+    """Relative dimensionless global error in synthesis (Wald 2000), ratio 1, in percent; bands of mean zero are left out."""
     pred, target = _pair(pred, target)
     mean = target.mean(dim=(1, 2))
     ratio = (pred - target).square().mean(dim=(1, 2))[mean > 0] / mean[mean > 0].square()
-    return 100 * ratio.mean().sqrt().item() if len(ratio) else math.nan
+    return 100 * ratio.mean().sqrt().item()
 
 
 def ssim(pred: Tensor, target: Tensor) -> float:
@@ -605,42 +539,39 @@ def centre_crop(x: Tensor, border: int = 128) -> Tensor:
 def scene_metrics(pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: int = 128, with_ssim: bool = False) -> dict:
     """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with floors 0.01 and 1e-6 too."""
     result: dict[str, Any] = {}
-    for suffix, cut in (("", lambda x: centre_crop(x, border)), ("_full", lambda x: x)):
-        p, t = cut(pred), cut(target)
-        result |= {f"mrae{suffix}": mrae(p, t, floor), f"rmse{suffix}": rmse(p, t), f"psnr{suffix}": psnr(p, t),
-                   f"sam{suffix}": sam(p, t), f"ergas{suffix}": ergas(p, t), f"mrae_floor_0.01{suffix}": mrae(p, t, 0.01),
-                   f"mrae_floor_1e-06{suffix}": mrae(p, t, 1e-6)}
+    for suffix, p, t in (("", centre_crop(pred, border), centre_crop(target, border)), ("_full", pred, target)):
+        scores = {"mrae": mrae(p, t, floor), "rmse": rmse(p, t), "psnr": psnr(p, t), "sam": sam(p, t), "ergas": ergas(p, t),
+                  "mrae_floor_0.01": mrae(p, t, 0.01), "mrae_floor_1e-06": mrae(p, t, 1e-6)}
         if with_ssim:
-            result[f"ssim{suffix}"] = ssim(p, t)
+            scores["ssim"] = ssim(p, t)
+        result |= {name + suffix: value for name, value in scores.items()}
     return result | {"border": list(crop_border(*target.shape[-2:], border)), "metric_floor": floor}
 
 
 def per_band_metrics(pred: Tensor, target: Tensor, floor: float = 1e-6) -> dict[str, list[float]]:
     """MRAE, RMSE and PSNR of every band."""
-    bands = list(zip(*_pair(pred, target), strict=True))
-    return {"mrae": [mrae(p[None], t[None], floor) for p, t in bands], "rmse": [rmse(p[None], t[None]) for p, t in bands],
-            "psnr": [psnr(p[None], t[None]) for p, t in bands]}
+    bands = [(p[None], t[None]) for p, t in zip(*_pair(pred, target), strict=True)]
+    return {"mrae": [mrae(*band, floor) for band in bands], "rmse": [rmse(*band) for band in bands],
+            "psnr": [psnr(*band) for band in bands]}
 
 
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:
-    """Mean over scenes of every number that scene_metrics gives."""
-    names = [k for k, v in scenes[0].items() if isinstance(v, float)]
-    mean = {name: np.nanmean if name.startswith("sam") else np.mean for name in names}  # a black scene has no angle
-    return {name: float(mean[name]([scene[name] for scene in scenes])) for name in names}
+    """Mean over scenes of every number that scene_metrics gives; a black scene has no angle and is left out of SAM's."""
+    columns = {name: [scene[name] for scene in scenes] for name, value in scenes[0].items() if isinstance(value, float)}
+    return {name: float((np.nanmean if name.startswith("sam") else np.mean)(column)) for name, column in columns.items()}
 
 
 def bootstrap_interval(values: list[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over scenes."""
+    """95 % bootstrap interval of the mean over scenes; a NaN (SAM of a scene without a lit pixel) is left out."""
     values = np.asarray(values, float)
-    values = values[~np.isnan(values)]  # a scene without a lit pixel has no SAM
+    values = values[~np.isnan(values)]
     if not len(values):
         return math.nan, math.nan
     draws = values[np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))].mean(axis=1)
-    return float(np.percentile(draws, 2.5)), float(np.percentile(draws, 97.5))
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------
-
+# --- layers
 
 class DropPath(nn.Module):
     """Drops a residual branch per sample with probability p and scales the rest by 1 / (1 - p) (stochastic depth)."""
@@ -652,7 +583,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0.0 or not self.training:
             return x
-        keep = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device) >= self.p
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
         return x * keep.to(x.dtype) / (1 - self.p)
 
 
@@ -665,8 +596,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | None:
-    """Exponential moving average of the weights, to be updated every `every` steps; None without a decay. The decay warms
-    up, so that early weights are soon forgotten."""
+    """Moving average of the weights, updated every `every` steps; its decay warms up, to forget early weights. None without."""
     if decay == 0:
         return None
     average = AveragedModel(model, use_buffers=True)
@@ -686,20 +616,23 @@ def space_to_depth(x: Tensor) -> Tensor:
         x = torch.cat([x, x[:, -1:]], dim=1)
     if x.shape[2] % 2:
         x = torch.cat([x, x[:, :, -1:]], dim=2)
-    x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))  # B, H/2, 2, W/2, 2, C
-    return x.transpose(2, 3).flatten(3)
+    return x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3)  # by way of B, H/2, 2, W/2, 2, C
 
 
 def depth_to_space(x: Tensor, height: int, width: int) -> Tensor:
     """(B, h, w, 4C) -> (B, height, width, C), the inverse of space_to_depth."""
-    x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)
-    return x.flatten(1, 2).flatten(2, 3)[:, :height, :width]
+    return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :height, :width]
+
+
+def smooth_basis(bands: int, rank: int) -> Tensor:
+    """The smoothest orthonormal spectra (bands, rank): the first cosines of the DCT."""
+    angle = math.pi * (torch.arange(bands, dtype=torch.float64)[:, None] + 0.5) * torch.arange(rank) / bands
+    return F.normalize(angle.cos(), dim=0).float()
 
 
 class SpectralAttention(nn.Module):
-    """Attention between channels: the softmax runs over a head's channels, the products over all pixels, so its cost is
-    linear in them and every pixel sees the whole frame (as MST and Restormer do). All that it needs of a frame is how its
-    channels correlate, X'X: q'k is Wq' X'X Wk; and what it does to a pixel is one linear map, the weights times Wv."""
+    """Attention between a head's channels over all pixels, at a cost linear in them (as in MST and Restormer). All it needs
+    of a frame is X'X, for q'k is Wq' X'X Wk, and what it does to a pixel is one linear map, the weights times Wv."""
 
     def __init__(self, dim: int, width: int, heads: int) -> None:
         super().__init__()
@@ -731,8 +664,7 @@ def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor = 0.0, high: f
         return rgb / 255.0
     if rgb_norm != "per_image":
         raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
-    scale = torch.as_tensor(high, dtype=torch.float32) - low
-    return (rgb - low) / (scale.clamp_min(1.0) if isinstance(scale, Tensor) else max(scale, 1.0))
+    return (rgb - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
 
 
 def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -742,50 +674,42 @@ def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> 
     least-squares problem: X' W X beta = X' W y with W = max(y, floor)^-2, solved in float64 with a slight ridge."""
     pixels = [t.detach().movedim(1, -1).flatten(0, -2) for t in (rgb, cube)]
     size, bands = rgb.shape[1] + 1, cube.shape[1]
-    gram = torch.zeros(bands, size * size, dtype=torch.float64, device=rgb.device)
-    moment = torch.zeros(bands, size, dtype=torch.float64, device=rgb.device)
+    gram, moment = (torch.zeros(bands, n, dtype=torch.float64, device=rgb.device) for n in (size * size, size))
     for x, y in zip(*(t.split(2**15) for t in pixels), strict=True):  # chunks stay in cache
         x, y = F.pad(x.double(), (0, 1), value=1.0), y.double()
         w = y.clamp_min(floor).reciprocal().square_()
         gram += w.T @ (x[:, :, None] * x[:, None, :]).flatten(1)
         moment += w.mul_(y).T @ x
     gram = gram.view(bands, size, size)
-    ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
-    gram = gram + ridge[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-9 * diagonal.mean(dim=1, keepdim=True)
     beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
     return beta[:, :-1].float(), beta[:, -1].float()
 
 
-# --- colour and camera ---
+# --- colour and camera
 
 # CIE 1964 10-degree colour matching functions x10, y10, z10 (CIE 15, Colorimetry), 380 to 780 nm, step 10 nm.
-_CIE_1964_XYZ = [
-    [.00016, .002362, .01911, .084736, .204492, .314679, .383734, .370702, .302273, .195618, .080507, .016172, .003816,
-     .037465, .117749, .236491, .376772, .529826, .705224, .878655, 1.01416, 1.11852, 1.12399, 1.03048, .856297, .647467,
-     .431567, .268329, .152568, .081261, .040851, .019941, .009577, .004553, .002175, .001045, .000508, .000251, .000126,
-     6.5e-05, 3.3e-05],
-    [1.7e-05, .000253, .002004, .008756, .021391, .038676, .062077, .089456, .128201, .18519, .253589, .339133, .460777,
-     .606741, .761757, .875211, .961988, .991761, .99734, .955552, .868934, .777405, .658341, .527963, .398057, .283493,
-     .179828, .107633, .060281, .0318, .015905, .007749, .003718, .001768, .000846, .000407, .000199, 9.8e-05, 5e-05, 2.5e-05,
-     1.3e-05],
-    [.000705, .010482, .086011, .389366, .972542, 1.55348, 1.96728, 1.9948, 1.74537, 1.31756, .772125, .415254, .218502,
-     .112044, .060709, .030451, .013676, .003988, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-]
-CIE_1964 = (np.arange(380.0, 781.0, 10.0), np.array(_CIE_1964_XYZ).T)
+CIE_1964 = (np.arange(380.0, 781.0, 10.0), np.array([
+    [.00016, .002362, .01911, .084736, .204492, .314679, .383734, .370702, .302273, .195618, .080507, .016172, .003816, .037465,
+     .117749, .236491, .376772, .529826, .705224, .878655, 1.01416, 1.11852, 1.12399, 1.03048, .856297, .647467, .431567, .268329,
+     .152568, .081261, .040851, .019941, .009577, .004553, .002175, .001045, .000508, .000251, .000126, 6.5e-05, 3.3e-05],
+    [1.7e-05, .000253, .002004, .008756, .021391, .038676, .062077, .089456, .128201, .18519, .253589, .339133, .460777, .606741,
+     .761757, .875211, .961988, .991761, .99734, .955552, .868934, .777405, .658341, .527963, .398057, .283493, .179828, .107633,
+     .060281, .0318, .015905, .007749, .003718, .001768, .000846, .000407, .000199, 9.8e-05, 5e-05, 2.5e-05, 1.3e-05],
+    [.000705, .010482, .086011, .389366, .972542, 1.55348, 1.96728, 1.9948, 1.74537, 1.31756, .772125, .415254, .218502, .112044,
+     .060709, .030451, .013676, .003988, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]).T)
 XYZ_TO_SRGB = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])
 D65_XYZ = np.array([0.9505, 1.0, 1.0890])  # both IEC 61966-2-1
 
-# Two cameras of our own as sums of lobes (height, peak nm, width nm below the peak, width nm above it): the piecewise
-# Gaussian of Wyman, Sloan and Shirley, "Simple Analytic Approximations to the CIE XYZ Color Matching Functions",
-# JCGT 2(2), 2013, eq. 4, with overlaps and side lobes like the cameras of Jiang et al., "What is the Space of Spectral
-# Sensitivity Functions for Digital Color Cameras?", WACV 2013.
+# Two cameras of our own as lobes (height, peak nm, width nm below it, width nm above it): the piecewise Gaussians of Wyman et
+# al., "Simple Analytic Approximations to the CIE XYZ Color Matching Functions", JCGT 2(2), 2013, eq. 4; overlaps and side lobes
+# as in Jiang et al., "What is the Space of Spectral Sensitivity Functions for Digital Color Cameras?", WACV 2013.
 CAMERAS = {
     "analytic": ([(1.0, 602, 22, 36), (0.10, 535, 30, 30), (0.04, 440, 20, 20)],
-                 [(1.0, 532, 34, 38), (0.08, 440, 25, 25), (0.05, 640, 30, 30)],
-                 [(1.0, 458, 26, 30), (0.07, 530, 25, 35)]),
+                 [(1.0, 532, 34, 38), (0.08, 440, 25, 25), (0.05, 640, 30, 30)], [(1.0, 458, 26, 30), (0.07, 530, 25, 35)]),
     "analytic2": ([(1.0, 592, 18, 46), (0.16, 520, 35, 30), (0.10, 430, 20, 25)],
-                  [(1.0, 545, 42, 34), (0.14, 470, 30, 25)],
-                  [(1.0, 446, 22, 38), (0.12, 545, 30, 40)]),
+                  [(1.0, 545, 42, 34), (0.14, 470, 30, 25)], [(1.0, 446, 22, 38), (0.12, 545, 30, 40)]),
 }
 
 
@@ -794,20 +718,15 @@ def sum_of_lobes(nm: np.ndarray, lobes: list[tuple[float, float, float, float]])
     return sum(a * np.exp(-0.5 * ((nm - peak) / np.where(nm < peak, low, high)) ** 2) for a, peak, low, high in lobes)
 
 
-def _resample(table: np.ndarray, at: np.ndarray, wavelengths: np.ndarray) -> np.ndarray:
-    return np.stack([np.interp(wavelengths, at, column, left=0.0, right=0.0) for column in table.T], axis=1)
-
-
 def camera_response(camera: str, wavelengths: list[float] | np.ndarray) -> np.ndarray:
     """Weights (bands, 3) that make R, G, B of a spectrum: band width x sensitivity, with the gain at which a perfect
     white (all bands 1) is 1. camera: `analytic`, `analytic2`, `cie1964`, or a CSV file with rows nm,r,g,b."""
     nm = np.asarray(wavelengths, np.float64)
     if camera in CAMERAS:
         response = np.stack([sum_of_lobes(nm, lobes) for lobes in CAMERAS[camera]], axis=1)
-    elif camera == "cie1964":
-        response = _resample(CIE_1964[1], CIE_1964[0], nm)
     else:
-        response = _read_camera_csv(camera, nm)
+        at, table = CIE_1964 if camera == "cie1964" else _read_camera_csv(camera)
+        response = np.stack([np.interp(nm, at, column, left=0.0, right=0.0) for column in table.T], axis=1)
     response = response * (np.abs(np.gradient(nm)) if len(nm) > 1 else 1.0)[:, None]
     total = response.sum(axis=0)
     if not (total > 1e-6).all():
@@ -816,18 +735,18 @@ def camera_response(camera: str, wavelengths: list[float] | np.ndarray) -> np.nd
     return response / total
 
 
-def _read_camera_csv(path: str, nm: np.ndarray) -> np.ndarray:
+def _read_camera_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"camera {path}: choose {', '.join(CAMERAS)}, cie1964, or a CSV file with rows nm,r,g,b")
     try:
-        table = np.atleast_2d(np.genfromtxt(path, delimiter=",", dtype=np.float64))
+        table = np.genfromtxt(path, delimiter=",", dtype=np.float64, ndmin=2)
     except ValueError as error:
         raise UserError(f"camera {path}: {error}; rows must be nm,r,g,b") from None
-    table = table[1:] if np.isnan(table[0]).all() else table  # a header line
+    table = table[1:] if np.isnan(table[:1]).all() else table  # a header line
     if len(table) < 2 or table.shape[1] != 4 or not np.isfinite(table).all():
         raise UserError(f"camera {path}: needs two or more rows of four numbers nm,r,g,b")
     table = table[np.argsort(table[:, 0])]
-    return _resample(table[:, 1:], table[:, 0], nm)
+    return table[:, 0], table[:, 1:]
 
 
 def render_rgb(cube: np.ndarray, response: np.ndarray, *, rng: np.random.Generator, exposure: float | None = None,
@@ -847,9 +766,8 @@ def render_rgb(cube: np.ndarray, response: np.ndarray, *, rng: np.random.Generat
 
 
 def cube_to_srgb(cube: np.ndarray, wavelengths: list[float] | np.ndarray) -> np.ndarray:
-    """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1]: the CIE 1964 observer, balanced so
-    that a flat spectrum of 1 is sRGB's D65 white. camera_response and render_rgb make the RGB to train on. Bands that miss
-    the red, green or blue of that observer are shown in false colour: a long, a middle and a short one."""
+    """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1]: the CIE 1964 observer, a flat spectrum of
+    1 as D65 white; bands that miss its red, green or blue in false colour, by a long, a middle and a short one."""
     nm = np.asarray(wavelengths, float)
     if nm.min() > 500 or nm.max() < 600 or len(nm) < 3:
         bands = np.argsort(nm)[[-1 - len(nm) // 6, len(nm) // 2, len(nm) // 6]]
@@ -870,8 +788,8 @@ def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[fl
     axes[1].imshow(cube_to_srgb(pred.movedim(0, -1).numpy(), np.asarray(wavelengths)))
     error = ((pred - target).abs() / target.clamp_min(0.01)).mean(0)
     figure.colorbar(axes[2].imshow(error.numpy(), vmin=0, vmax=0.5, cmap="magma"), ax=axes[2])
-    height, width = target.shape[1:]
-    for i, (y, x) in enumerate([(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, width // 3)]):
+    h, w = target.shape[1:]
+    for i, (y, x) in enumerate([(h // 4, w // 4), (h // 2, w // 2), (3 * h // 4, w // 3)]):
         axes[3].plot(wavelengths, target[:, y, x].numpy(), f"C{i}-", label=f"({x}, {y}) measured")
         axes[3].plot(wavelengths, pred[:, y, x].numpy(), f"C{i}--", label="predicted")
         axes[0].plot(x, y, f"C{i}o")

@@ -8,8 +8,7 @@
 
 A staged folder has `{train,val,test}/<scene>.cube.npy` (H, W, bands) and `.rgb.npy` (H, W, 3), index.json (statistics,
 checksums, patch grids) and contact_sheet.png, where a wrong transpose shows. A scene is written whole or not at all; the
-same command again carries on where the last one stopped.
-"""
+same command again carries on where the last one stopped."""
 
 import argparse
 import hashlib
@@ -20,8 +19,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +31,11 @@ import common_utils_v32 as common
 import optimized_dataloader as data
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
 
-# --- synthetic scenes -----------------------------------------------------------------------------------------------
-# Dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so edges come at all scales. Kubelka and
-# Munk's reflectances (1931): K/S is a sum of pigment absorptions, so spectra are smooth, in (0, 1), on a curved manifold. A
-# family of materials has its own texture: a leaf and a green plastic of the same RGB are told apart by their surroundings.
-# The cube is radiance relative to a white in the brightest light, the same for all scenes, and so is the camera's exposure
-# (mean about 0.18): brightness means something, and `unit` RGB keeps it.
+# Synthetic scenes are dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so edges come at all
+# scales. Kubelka and Munk's reflectances (1931): K/S is a sum of pigment absorptions, so spectra are smooth, in (0, 1), on a
+# curved manifold. A family of materials has its own texture: a leaf and a green plastic of the same RGB are told apart by their
+# surroundings. The cube is radiance relative to a white in the brightest light, the same for all scenes, and so is the camera's
+# exposure (mean about 0.18): brightness means something, and `unit` RGB keeps it.
 WAVELENGTHS = np.arange(400.0, 701.0, 10.0)
 PIGMENTS = {  # absorption as lobes (height, peak nm, width below, width above) near the bands known for each pigment
     "chlorophyll": [(1, 435, 40, 18), (0.75, 470, 20, 16), (0.3, 600, 50, 25), (0.45, 648, 16, 14), (1, 677, 13, 11)],
@@ -60,6 +57,12 @@ FAMILIES = {
     "textile": (["indigo", "smalt", "quinacridone", "azo", "anthocyanin", "tannin"], ["azo", "indigo", "quinacridone"],
                 "weave", 0.35, 0.0, (0.01, 3), (0.6, 30)),
     "neutral": ([], ["melanin", "haematite"], "mottle", 0.15, 0.05, (0.004, 14), (0.02, 0.5)),
+}
+TEXTURES = {  # what a family looks like from near, about deviation 1; u, v: the object's own axes, in periods
+    "veins": lambda u, v, coarse, mottle: 0.8 * np.cos(6 * np.arctan2(v, u) + 2 * coarse) + 0.5 * coarse,
+    "grain": lambda u, v, coarse, mottle: np.sin(2 * np.pi * u + 2.5 * coarse),
+    "weave": lambda u, v, coarse, mottle: 1.4 * np.sin(3.3 * np.pi * u) * np.sin(3.3 * np.pi * v),
+    "mottle": lambda u, v, coarse, mottle: mottle, "smooth": lambda u, v, coarse, mottle: np.zeros_like(coarse),
 }
 OUTDOOR, INDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1), (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)  # shares of the families
 MATERIALS, FRESNEL = 48, 0.012  # materials in a scene; reflection at the surface, so that nothing is quite black
@@ -104,14 +107,6 @@ def fractal(rng: np.random.Generator, h: int, w: int, power: float) -> np.ndarra
     amplitude = np.maximum(np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)), 1 / max(h, w)) ** -power
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((h, w))) * amplitude, (h, w))
     return ((field - field.mean()) / field.std()).astype(np.float32)
-
-
-TEXTURES = {  # what a family looks like from near, about deviation 1; u, v: the object's own axes, in periods
-    "veins": lambda u, v, coarse, mottle: 0.8 * np.cos(6 * np.arctan2(v, u) + 2 * coarse) + 0.5 * coarse,
-    "grain": lambda u, v, coarse, mottle: np.sin(2 * np.pi * u + 2.5 * coarse),
-    "weave": lambda u, v, coarse, mottle: 1.4 * np.sin(3.3 * np.pi * u) * np.sin(3.3 * np.pi * v),
-    "mottle": lambda u, v, coarse, mottle: mottle, "smooth": lambda u, v, coarse, mottle: np.zeros_like(coarse),
-}
 
 
 def _superellipse(shape: tuple[int, int], y: float, x: float, radius: float, form: tuple) -> tuple:
@@ -179,7 +174,6 @@ def synthetic_cube(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> None:
     root, name, number, test = job
-    spec, photo = root / "Train_Spec" / f"{name}.mat", root / ("Test_RGB" if test else "Train_RGB") / f"{name}.jpg"
     rng = np.random.default_rng([settings["seed"], number])
     cube = synthetic_cube(rng, *settings["size"])
     response = common.camera_response(settings["camera"], WAVELENGTHS)
@@ -189,11 +183,11 @@ def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> 
         with h5py.File(memory, "w", userblock_size=512) as file:
             file.create_dataset("cube", data=stored, chunks=(31, 64, 64), compression="gzip", compression_opts=1)
             file["bands"], file["norm_factor"] = WAVELENGTHS[:, None], np.ones((1, 1))
-            for name, kind in (("cube", "single"), ("bands", "double"), ("norm_factor", "double")):
-                file[name].attrs["MATLAB_class"] = np.bytes_(kind)
+            for item in file.values():
+                item.attrs["MATLAB_class"] = np.bytes_("single" if item.dtype == np.float32 else "double")
         memory.getbuffer()[: len(common.MAT_HEADER)] = common.MAT_HEADER
-        atomic_write(spec, lambda file: file.write(memory.getbuffer()))
-    atomic_write(photo, lambda file: file.write(jpeg))
+        atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(memory.getbuffer()))
+    atomic_write(root / ("Test_RGB" if test else "Train_RGB") / f"{name}.jpg", lambda file: file.write(jpeg))
 
 
 def make_synthetic(args: argparse.Namespace) -> None:
@@ -212,9 +206,6 @@ def make_synthetic(args: argparse.Namespace) -> None:
     jobs = [(root, name, i, i >= n) for i, name in enumerate(names)]
     list(run_jobs(partial(_write_synthetic_scene, settings=settings), jobs, args.workers, "synthetic scenes"))
     print(f"{root}: {train} training and {n - train} validation scenes of {h} x {w} x 31, 2 test images; stage with --arad-root")
-
-
-# --- sources --------------------------------------------------------------------------------------------------------
 
 
 def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -300,19 +291,15 @@ def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np
     return cube, rgb
 
 
-# --- staging --------------------------------------------------------------------------------------------------------
-
-
 def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
-    """Results of work(job) as they come, from parallel processes, with a progress bar; the first error ends it."""
+    """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a progress bar; an error ends it."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    leave_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # to this process
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), context, *leave_ctrl_c) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs) or 1), context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs):
                 yield future.result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise UserError(f"{what}: a worker process died, out of memory perhaps; try fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -387,17 +374,15 @@ def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> di
 def contact_sheet(root: Path, index: dict, most: int = 12) -> None:
     """contact_sheet.png: RGB, cube rendered, three bands and mean spectra of some scenes. A wrong transpose shows."""
     from matplotlib.figure import Figure  # takes a second to import
-
     scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
     scenes = [scenes[i] for i in np.linspace(0, len(scenes) - 1, min(most, len(scenes))).astype(int)]
-    chosen = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
+    bands = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
     figure = Figure(figsize=(13, 2.1 * len(scenes)), layout="constrained", dpi=70)
     for row, entry in zip(figure.subplots(len(scenes), 6, squeeze=False), scenes, strict=True):
         step = max(max(entry["shape"]) // 256, 1)
         rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
         cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
-        colour = common.cube_to_srgb(cube, nm) if min(nm) < 500 and max(nm) > 600 else cube[..., chosen]
-        pictures = {entry["name"]: rgb, "cube": colour, **{f"{nm[i]:.0f} nm": cube[..., i] for i in chosen}}
+        pictures = {entry["name"]: rgb, "cube": common.cube_to_srgb(cube, nm), **{f"{nm[i]:.0f} nm": cube[..., i] for i in bands}}
         for axis, (title, picture) in zip(row, pictures.items(), strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=float(cube.max()))
             axis.set(title=title, xticks=[], yticks=[])
@@ -441,9 +426,6 @@ def stage(args: argparse.Namespace) -> None:
           f"{sum(e['patches'] for e in splits['train'])} training patches; look at {root / 'contact_sheet.png'}")
 
 
-# --- checking, command line -----------------------------------------------------------------------------------------
-
-
 def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
     """One row of the table."""
     row = f"{job[0]:5s} {job[1].name:24s}"
@@ -467,7 +449,7 @@ def verify(args: argparse.Namespace) -> int:
     return int(problems > 0)
 
 
-def build_parser() -> common.CliParser:
+def main(argv: list[str] | None = None) -> int | None:
     parser = common.CliParser(description=__doc__)
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     source.add_argument("--arad-root", metavar="DIR", help="ARAD-1K layout: Train_Spec, Train_RGB, Test_RGB, split_txt")
@@ -494,11 +476,7 @@ def build_parser() -> common.CliParser:
         help=f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for --render-rgb)")
     add("--seed", type=int, default=0, help="seed of scenes and camera noise")
     add("--size", type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])), default="256x256", help="synthetic H x W")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int | None:
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     lows = {"patch_size": 1, "stride": 1, "workers": 1, "scale": 1e-9, "exposure": 1e-9, "seed": 0, "split_seed": 0}
     for name, low in (lows | {"val_fraction": 0}).items():
         value, high = getattr(args, name), 1 if name == "val_fraction" else 1e9

@@ -32,6 +32,7 @@ from common_utils_v32 import (
     depth_to_space,
     fit_linear_spectral_path,
     opt,
+    smooth_basis,
     space_to_depth,
 )
 from sharp_v322_hardened import sparse_attention_topk_streaming
@@ -46,6 +47,7 @@ LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of 
 PIXEL_CHANNELS = 48  # width of the full-resolution network
 CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
 DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
+BASIS_RANK = 12  # smooth spectra that the head mixes: fewer than bands, so that what it learns holds for other materials
 GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
 # Values in one temporary where no gradient is recorded. A CPU's allocator maps larger ones anew for every operation, which
 # costs more than the arithmetic; a GPU needs large ones to be busy.
@@ -416,7 +418,9 @@ class HSIFusionNet(nn.Module):
         self.to_pixels = nn.Sequential(TokenGroupNorm(4, widths[0]), nn.Linear(widths[0], 4 * PIXEL_CHANNELS))
         self.pixel_in = nn.Conv2d(colours, PIXEL_CHANNELS, 3, padding=1)
         self.pixel_mix = nn.Linear(PIXEL_CHANNELS, PIXEL_CHANNELS)
-        self.head = nn.Linear(PIXEL_CHANNELS, 2 * config.out_channels)  # logarithm of the gain, and the added term
+        rank = min(config.out_channels, BASIS_RANK)
+        self.head = nn.Linear(PIXEL_CHANNELS, 2 * rank)  # coefficients of the gain's logarithm, and of the added term
+        self.basis = nn.Parameter(smooth_basis(config.out_channels, rank) * 0.5 * math.sqrt(config.out_channels / rank))
         nn.init.zeros_(self.head.weight)  # the start is the linear path alone; the head's gradient is not zero
         nn.init.zeros_(self.head.bias)
         if config.estimate_uncertainty:
@@ -456,7 +460,8 @@ class HSIFusionNet(nn.Module):
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):  # the last sum decides the error of dark pixels
             pixels, x = pixels.to(self.head.weight.dtype), x.to(self.head.weight.dtype)
-            gain, term = self.head(pixels).chunk(2, dim=-1)
+            spectra = torch.block_diag(self.basis, self.basis)  # one product over the pixels, not two
+            gain, term = F.linear(pixels, spectra @ self.head.weight, spectra @ self.head.bias).chunk(2, dim=-1)
             intensity = brightness(x)
             outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
             if self.config.estimate_uncertainty:

@@ -45,6 +45,10 @@ CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr")
 FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
 IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
 UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
+PATCHES = ("patch_size", "stride", "patch_grid")  # settings that a grid of patches depends on
+Frame = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # cube (H, W, bands), RGB (H, W, 3) uint8, min and max of RGB
+_data = functools.partial(opt, group="data")
+_free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)  # of _buffer, by shape and dtype
 
 
 @contextmanager
@@ -56,17 +60,11 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
+    except ImportError as error:  # of an optional package
+        raise UserError(f"{path}: to read it, pip install {(error.name or str(error)).split('.')[0]}") from None
     except Exception as error:  # every decoder has exceptions of its own; the cause stays chained
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as {what} ({reason}); replace the file") from error
-
-
-def _extra(module: str, path: Path) -> Any:
-    """An optional package, imported where it is used."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{path}: to read it, pip install {module.split('.')[0]}") from None
 
 
 def cube_axes(shape: tuple[int, ...], path: Path, hdf5: bool, axes: str | None, bands: int | None,
@@ -77,16 +75,13 @@ def cube_axes(shape: tuple[int, ...], path: Path, hdf5: bool, axes: str | None, 
         raise UserError(f"{path}: the cube has shape {shape}; three axes are needed (another --cube-key?)")
     if axes is not None and sorted(axes) != ["c", "h", "w"]:
         raise UserError(f"--axes {axes}: give the letters h, w and c (bands) in the stored order, such as cwh")
-
     def fits(layout: str) -> bool:
         height, width, count = (shape[layout.index(letter)] for letter in "hwc")
         if bands is None and rgb_shape is None and axes is None:
             return count == 31 or 2 * count < min(height, width)
         return bands in (None, count) and (rgb_shape is None or (height, width) == tuple(rgb_shape[:2]))
-
     usual = (axes,) if axes else ("cwh",) if hdf5 else ("hwc", "chw")
-    found = [layout for layout in usual if fits(layout)]
-    found = found or [layout for layout in ("hwc", "chw", "cwh", "whc") if not axes and fits(layout)]
+    found = list(filter(fits, usual)) or list(filter(fits, () if axes else ("hwc", "chw", "cwh", "whc")))
     if len(found) == 1:
         return found[0]
     size = f" and {rgb_shape[0]} x {rgb_shape[1]} pixels as its RGB" if rgb_shape is not None else ""
@@ -118,14 +113,13 @@ def _arrays(path: Path, only: Iterable[str] | None = None) -> Iterator[dict[str,
             file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
             yield {k: v for k, v in found.items() if v.dtype.kind in "iuf" and not k.startswith("#")}
     else:
-        found = _extra("scipy.io", path).loadmat(path, variable_names=only and list(only))
+        found = importlib.import_module("scipy.io").loadmat(path, variable_names=only and list(only))
         yield {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "iuf"}
 
 
 def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = None, bands: int | None = None,
               rgb_shape: tuple[int, ...] | None = None) -> np.ndarray:
     """One cube as (H, W, bands) float32 in any memory order, values as stored (PNG bands: divided by full scale).
-
     MATLAB v7.3 and v5 `.mat`, `.npy`, `.npz`, ENVI `.hdr`, or a CAVE folder of one PNG a band. `bands` and `rgb_shape`
     (H, W, ...) are checked, and tell the axes apart. Values are not judged here: see check_cube."""
     path = Path(path)
@@ -134,7 +128,7 @@ def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = No
         if path.is_dir():
             stored, axes = _read_band_images(path), "hwc"
         elif suffix == ".hdr":  # load() applies the reflectance scale factor
-            stored, axes = _extra("spectral.io.envi", path).open(str(path)).load(dtype=np.float32), "hwc"
+            stored, axes = importlib.import_module("spectral.io.envi").open(str(path)).load(dtype=np.float32), "hwc"
         elif suffix == ".npy":
             stored = np.load(path, allow_pickle=False)
         elif suffix in (".npz", ".mat"):
@@ -156,8 +150,7 @@ def band_images(folder: Path) -> list[Path]:
     for place in (folder, folder / folder.name):
         numbered = {int(number[1]): p for p in place.glob("*.png") if (number := re.search(r"(\d+)$", p.stem))}
         if numbered:
-            missing = set(range(1, max(numbered))) - set(numbered)
-            if missing:
+            if missing := set(range(1, max(numbered))) - set(numbered):
                 raise UserError(f"{place}: band image number {min(missing)} is missing; replace the folder")
             return [numbered[number] for number in sorted(numbered)]
     raise UserError(f"{folder}: no numbered band images (PNG) in it")
@@ -180,13 +173,12 @@ def _read_band_images(folder: Path) -> np.ndarray:
 
 def read_wavelengths(path: str | Path) -> list[float] | None:
     """Band centres in nm where the file has them (ENVI header, `bands` or `wavelengths` arrays), else None."""
-    path = Path(path)
-    found: Any = None
+    path, found = Path(path), None
     with _reading(path, "a hyperspectral cube"):
         if path.is_dir():
             found = FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
         elif path.suffix.lower() == ".hdr":
-            found = _extra("spectral.io.envi", path).open(str(path)).bands.centers
+            found = importlib.import_module("spectral.io.envi").open(str(path)).bands.centers
         elif path.suffix.lower() in (".npz", ".mat"):
             with _arrays(path, WAVELENGTH_KEYS) as arrays:
                 found = next((arrays[name][()] for name in WAVELENGTH_KEYS if name in arrays), None)
@@ -254,19 +246,17 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
     root = Path(root)
     if not (root / "Train_Spec").is_dir():
         raise UserError(f"{root}: no Train_Spec folder in it; give the ARAD-1K folder with Train_Spec and Train_RGB")
-    cubes = _by_stem(root / "Train_Spec", CUBE_SUFFIXES)
-    images = _by_stem(root / "Train_RGB", RGB_SUFFIXES)
+    cubes, images = _by_stem(root / "Train_Spec", CUBE_SUFFIXES), _by_stem(root / "Train_RGB", RGB_SUFFIXES)
     lists = {"train": root / "split_txt" / "train_list.txt", "val": root / "split_txt" / "valid_list.txt"}
     listed = {split: read_split_list(path) for split, path in lists.items() if path.exists()}
     val = listed.get("val", [])
     train = listed.get("train", [name for name in cubes if name not in val])
     if set(train) & set(val):
         raise UserError(f"{lists['val']}: {min(set(train) & set(val))} is a training scene too; mend the lists")
-
-    scenes = {split: [Scene(name, cubes.get(name, root / "Train_Spec" / f"{name}.mat"), images.get(name))
-                      for name in sorted(names)] for split, names in (("train", train), ("val", val))}
-    tests = _by_stem(root / "Test_RGB", RGB_SUFFIXES)
-    return scenes | {"test": [Scene(name, None, tests[name]) for name in sorted(tests)]}
+    def scene(name: str) -> Scene:
+        return Scene(name, cubes.get(name, root / "Train_Spec" / f"{name}.mat"), images.get(name))
+    tests = [Scene(name, None, path) for name, path in sorted(_by_stem(root / "Test_RGB", RGB_SUFFIXES).items())]
+    return {"train": [*map(scene, sorted(train))], "val": [*map(scene, sorted(val))], "test": tests}
 
 
 def patch_grid(height: int, width: int, patch: int, stride: int, mode: str = "floor") -> tuple[list[int], list[int]]:
@@ -274,12 +264,8 @@ def patch_grid(height: int, width: int, patch: int, stride: int, mode: str = "fl
     stride 8 in 482 x 512); `cover` adds the offset that reaches the border where the stride stops short of it."""
     if patch > min(height, width):
         raise UserError(f"--patch_size {patch}: larger than a frame of {height} x {width}; give a smaller one")
-
-    def offsets(side: int) -> list[int]:
-        starts = list(range(0, side - patch + 1, stride))
-        return starts if mode == "floor" or starts[-1] == side - patch else [*starts, side - patch]
-
-    return offsets(height), offsets(width)
+    lasts = height - patch, width - patch
+    return tuple(sorted({*range(0, last + 1, stride), *([last] if mode == "cover" else [])}) for last in lasts)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -294,13 +280,10 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.frombuffer(memory, dtype, count, offset).reshape(shape)
 
 
-Frame = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # cube (H, W, bands), RGB (H, W, 3) uint8, min and max of RGB
-
-
 class _Scenes:
     """The scenes of a split: names, shapes (H, W), bands, wavelengths, dtype of patches, and arrays(scene) -> Frame."""
-
     frames: list[Frame] = []  # all scenes, once they are in RAM
+    dtype = "float32"
 
     def copy_patch(self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray) -> tuple[int, int]:
         """Copy the patch at (top, left), of the size of `cube`, into `cube` and `rgb`; gives the frame's RGB range."""
@@ -322,20 +305,15 @@ class _Scenes:
         self.frames, self.dtype = [(c.astype(dtype, order="C"), image.copy(), ends) for c, image, ends in frames], dtype
 
 
-PATCHES = ("patch_size", "stride", "patch_grid")
-
-
 class StagedScenes(_Scenes):
     """A split of a staged folder."""
-
     def __init__(self, root: Path, split: str):
         self.root, path = root, root / "index.json"
         with _reading(path, "the index of a staged folder"):
             index = json.loads(path.read_text())
             if (index.get("format"), index.get("version")) != ("hsi-staged", 1):
                 raise UserError(f"{path}: not the index of a staged folder of version 1; run dataset_setup.py again")
-            self.entries, self.bands = index["splits"].get(split, []), index["bands"]
-            self.settings = index.get("settings", {})
+            self.entries, self.bands, self.settings = index["splits"].get(split, []), index["bands"], index.get("settings", {})
             self.wavelengths = _bands_known(index["wavelengths"], self.bands, path)
             for entry in self.entries:
                 if "cube" not in entry:
@@ -356,14 +334,10 @@ class StagedScenes(_Scenes):
 
 class RawScenes(_Scenes):
     """A split of a raw ARAD-1K folder. A patch is one hyperslab of its HDF5 file."""
-
-    dtype = "float32"
-
     def __init__(self, root: Path, split: str, config: DataConfig):
         self.key, self.axes, self.scenes = config.cube_key, config.axes, find_scenes(root)[split]
-        self.names, self.shapes = [scene.name for scene in self.scenes], []
+        self.names, self.shapes, self.bands, self.wavelengths = [scene.name for scene in self.scenes], [], 0, []
         self.images: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
-        self.bands, self.wavelengths = 0, []
         self.layouts: list[tuple[str, str] | None] = []  # key and axes; None for a file that only decodes as a whole
         for number, (name, path, rgb_path) in enumerate(self.scenes):
             if path is None:
@@ -377,9 +351,8 @@ class RawScenes(_Scenes):
                 if h5py.is_hdf5(path):
                     with _arrays(path) as arrays:
                         key = _pick_key(arrays, self.key, path)
-                        shape = arrays[key].shape
-                    axes = cube_axes(shape, path, True, self.axes, self.bands or None, self.shapes[-1])
-                    self.layouts[-1], self.bands = (key, axes), shape[axes.index("c")]
+                        axes = cube_axes(arrays[key].shape, path, True, self.axes, self.bands or None, self.shapes[-1])
+                        self.layouts[-1], self.bands = (key, axes), arrays[key].shape[axes.index("c")]
                 self.bands = self.bands or self.arrays(number)[0].shape[2]
             self.wavelengths = self.wavelengths or _bands_known(read_wavelengths(path), self.bands, path)
 
@@ -432,9 +405,6 @@ def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/p
     return free
 
 
-_data = functools.partial(opt, group="data")
-
-
 @dataclass
 class DataConfig:
     """What the loaders need to know. A staged or a raw folder; rank and world_size come from the process group."""
@@ -476,9 +446,6 @@ class RawBatch(NamedTuple):
     index: Tensor  # (B,) int64, patch of the data set
 
 
-_free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
-
-
 def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
     """An uninitialised CPU tensor whose memory is used again once no tensor holds it. Allocations over 32 MB come fresh
     from the system, and the page faults of a batch of 20 (40 MB) take eight times as long as filling it."""
@@ -492,7 +459,6 @@ def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
 class PatchDataset(Dataset):
     """All patches of the training scenes. An item is the whole batch at (epoch, iteration), so that workers hand over
     few big tensors; which patches and which augmentation is a function of seed, epoch and sample alone."""
-
     def __init__(self, scenes: _Scenes, config: DataConfig):
         self.scenes, self.config = scenes, config
         self.grids = [patch_grid(h, w, config.patch_size, config.stride, config.patch_grid) for h, w in scenes.shapes]
@@ -532,9 +498,8 @@ class PatchDataset(Dataset):
         cube = _buffer((batch, side, side, self.scenes.bands), self.scenes.dtype)
         rgb = torch.empty((batch, side, side, 3), dtype=torch.uint8)
         ranges = np.full((batch, 2), (0, 255), np.float32)
-        cubes, rgbs = cube.numpy(), rgb.numpy()
         for i, patch in enumerate(patches):
-            found = self.scenes.copy_patch(*self.place(patch), cubes[i], rgbs[i])
+            found = self.scenes.copy_patch(*self.place(patch), cube[i].numpy(), rgb[i].numpy())
             if self.config.rgb_norm == "per_image":
                 ranges[i] = found
         return RawBatch(rgb, cube, *(torch.from_numpy(array) for array in (codes, ranges, patches)))
@@ -557,10 +522,9 @@ def _turned(stored: Tensor, codes: list[int]) -> Tensor:
 
 
 def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """RGB (B, 3, p, p), normalised, and cube (B, bands, p, p), float32, augmented alike; channels_last, as they are
-    stored. The bytes cross to the device as stored and grow there."""
+    """RGB (B, 3, p, p), normalised, and cube (B, bands, p, p), float32, augmented alike; channels_last, as they are stored."""
     codes = batch.augment.tolist()
-    rgb, cube, ranges = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.cube, batch.rgb_range))
+    rgb, cube, ranges = (x.to(device, non_blocking=True) for x in (batch.rgb, batch.cube, batch.rgb_range))  # and grow there
     low, high = (ranges[:, i, None, None, None] for i in (0, 1))
     rgb = normalise_rgb(_turned(rgb, codes), "per_image", low, high)
     return rgb.permute(0, 3, 1, 2), _turned(cube, codes).permute(0, 3, 1, 2)
@@ -568,7 +532,6 @@ def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[
 
 class TrainLoader:
     """Iterates over the RawBatches of one epoch, from the position set, and then stands at the start of the next."""
-
     def __init__(self, dataset: PatchDataset, config: DataConfig):
         self.dataset, self.config = dataset, config
         self.wavelengths, self.bands = dataset.scenes.wavelengths, dataset.scenes.bands
@@ -627,10 +590,8 @@ class ValScene(NamedTuple):
 
 class ValLoader:
     """Whole frames of this rank (every world_size-th), one in memory at a time."""
-
     def __init__(self, scenes: StagedScenes | RawScenes, config: DataConfig):
-        self.scenes, self.rgb_norm = scenes, config.rgb_norm
-        self.wavelengths, self.bands = scenes.wavelengths, scenes.bands
+        self.scenes, self.wavelengths, self.bands, self.rgb_norm = scenes, scenes.wavelengths, scenes.bands, config.rgb_norm
         self.mine = range(config.rank, len(scenes.names), config.world_size)
 
     def __len__(self) -> int:
@@ -639,9 +600,8 @@ class ValLoader:
     def __iter__(self) -> Iterator[ValScene]:
         for scene in self.mine:
             cube, rgb, (low, high) = self.scenes.arrays(scene)
-            cube, rgb = np.array(cube, np.float32, order="C"), np.array(rgb)  # copies: maps are read-only
-            cube, rgb = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (cube, rgb))
-            yield ValScene(self.scenes.names[scene], normalise_rgb(rgb, self.rgb_norm, low, high), cube)
+            cube, rgb = (torch.from_numpy(np.array(x, order="C")).permute(2, 0, 1)[None] for x in (cube, rgb))  # maps: read-only
+            yield ValScene(self.scenes.names[scene], normalise_rgb(rgb, self.rgb_norm, low, high), cube.float())
 
 
 def _open_scenes(config: DataConfig, split: str) -> StagedScenes | RawScenes:
@@ -686,7 +646,6 @@ class MSTPlusPlusLoss(nn.Module):
     """mean(|pred - target| / max(target, floor)) in float32 whatever the autocast: MST++'s loss (Cai et al., CVPRW 2022)
     with a floor, for targets that hold zeros. With `floor_start` the floor goes geometrically from there to `floor` in
     `floor_steps` steps, so that dark pixels join late; the trainer sets `step`, and there is no state to save."""
-
     def __init__(self, floor: float = 1e-2, floor_start: float | None = None, floor_steps: int = 0):
         super().__init__()
         if floor <= 0 or (floor_start is not None and floor_start <= 0):

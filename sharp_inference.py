@@ -59,6 +59,9 @@ MAPPED_BYTES = 256 << 20  # arrays above this are mapped to files, and pages let
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 UNREADABLE = (UserError, OSError, ValueError, SyntaxError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
 COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal intervals of the calibration
+STRESS = {"recipe": {}} | {f"{key} {value}": {key: value} for key, values in {  # changes from the field's recipe
+    "exposure": (0.25, 0.5, 2.0, 4.0), "electrons": (5000, 200, 50), "jpeg_quality": (95, 30, 10),
+    "camera": ("analytic2",)}.items() for value in values}
 
 files, computing, scoring = (partial(opt, group=group) for group in ("files", "computing", "scoring"))
 
@@ -66,7 +69,6 @@ files, computing, scoring = (partial(opt, group=group) for group in ("files", "c
 @dataclass
 class Settings:
     """The command line; dashes and underscores are both accepted."""
-
     checkpoint: list[str] = files([], ".ckpt, .pth or .safetensors; NAME=FILE names it; several are compared")
     input: list[str] = files([], "images, folders, globs; .npy (H, W, 3) uint8 too")
     output: str | None = files(None, "a file for one input, else a folder")
@@ -112,7 +114,6 @@ class Settings:
 @dataclass
 class Loaded:
     """A checkpoint ready to use: the module in eval mode, and what is needed to feed it and to read its output."""
-
     name: str
     path: str
     kind: str
@@ -167,12 +168,6 @@ def mst_plus_plus(root: str | None) -> nn.Module:
     return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
 
 
-def mirrored(side: int) -> Tensor:
-    """Indices of a side's pixels, mirrored at its end as often as it takes to reach MIN_SIDE."""
-    index = torch.arange(max(side, MIN_SIDE)) % (2 * side)
-    return torch.minimum(index, 2 * side - 1 - index)
-
-
 def forward(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
     """(B, 3, h, w) -> (B, bands, h, w) float32, followed by the scale's channels where the model has one."""
     def one(x: Tensor) -> Tensor:
@@ -180,11 +175,10 @@ def forward(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16) if args.amp else nullcontext():
             out = model.module(x)
             return (torch.cat(out, 1) if isinstance(out, tuple) else out).float()
-
     height, width = rgb.shape[-2:]
     if min(height, width) < MIN_SIDE:
-        rows, columns = (mirrored(side) for side in (height, width))
-        rgb = rgb[..., rows[:, None], columns]
+        rows, columns = (np.pad(np.arange(n), (0, max(MIN_SIDE - n, 0)), "symmetric") for n in (height, width))
+        rgb = rgb[..., rows[:, None], columns]  # mirrored at its ends as often as it takes
     if not args.ensemble:
         return one(rgb)[..., :height, :width]
     return sum(torch.rot90(one(torch.rot90(rgb.flip(flip), turns, (-2, -1))), -turns, (-2, -1)).flip(flip) / 8
@@ -198,8 +192,7 @@ def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(length: int) -> Tensor:
-    """Weight of the later of two tiles across their overlap: 0 in the first quarter, 1 in the last, sin^2 between. So a
-    tile's outermost quarter, which has not seen its surroundings, is never used."""
+    """Weight of the later tile across an overlap: 0 in its first quarter (which saw too little), 1 in the last, sin^2 between."""
     x = (torch.arange(length) + 0.5) / length
     return torch.sin((2 * x - 0.5).clamp(0, 1) * (math.pi / 2)) ** 2
 
@@ -207,7 +200,6 @@ def ramp(length: int) -> Tensor:
 def blend_tiles(run: Callable, source: Callable, size: tuple[int, int], patch: int, overlap: int, batch: int,
                 allocate: Callable, tick: Callable = lambda pixels: None) -> np.ndarray:
     """Predict an image of `size` (H, W) in tiles, row by row, holding a few tiles in memory beside the output.
-
     run(x (B, 3, h, w)) -> (B, C, h, w); source(y0, y1, x0, x1) -> (3, h, w); allocate(C) -> array (C, H, W) to fill,
     mapped or not. Overlaps are a + w (b - a), so equal tiles give exactly their value; outer edges stay the image's."""
     (height, width), out, written = size, None, 0
@@ -246,7 +238,6 @@ def release(array: np.ndarray) -> int:
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors alive at once: a forward's peak memory on any device, without kernels' scratch."""
-
     def __init__(self) -> None:
         super().__init__()
         self.alive, self.peak = weakref.WeakSet(), 0
@@ -329,13 +320,25 @@ def allocate_array(shape: tuple[int, ...], dtype: type, work: Path) -> np.ndarra
 def photo_source(rgb: np.ndarray, rgb_norm: str) -> tuple[Callable, int, int]:
     """A reader of tiles in the training normalisation, and its range: the whole image's, never a tile's."""
     low, high = int(rgb.min()), int(rgb.max())
-
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
         tile = torch.from_numpy(np.array(rgb[y0:y1, x0:x1])).permute(2, 0, 1)
         release(rgb)
         return common.normalise_rgb(tile, rgb_norm, low, high)
-
     return source, low, high
+
+
+def extra(module: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {error.name}: pip install -r requirements-extra.txt") from None
+
+
+def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
+    """(band, rows) pieces that cover a cube; the pages of a mapped one are let go on the way."""
+    for band, block in np.ndindex(len(cube), math.ceil(cube.shape[1] / rows)):
+        yield band, slice(block * rows, (block + 1) * rows)
+        release(cube)
 
 
 def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
@@ -349,62 +352,34 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             np.save(file, cube)
         elif kind == "npz":
             np.savez(file, cube=cube, wavelengths=np.float32(wavelengths))
+        elif kind == "mat":  # v7.3: HDF5 after 512 bytes; MATLAB is column-major: its H x W x bands is (bands, W, H) here
+            with h5py.File(file, "w", userblock_size=512) as mat:
+                target = mat.create_dataset("cube", (len(cube), *cube.shape[:0:-1]), np.float32)
+                for band, rows in blocks(cube):
+                    target[band, :, rows] = cube[band, rows].T
+                mat["bands"] = np.float64(wavelengths)[:, None]
+                target.attrs["MATLAB_class"], mat["bands"].attrs["MATLAB_class"] = np.bytes_("single"), np.bytes_("double")
+            with open(file, "r+b") as header:
+                header.write(common.MAT_HEADER)
         else:
-            (write_mat if kind == "mat" else write_envi)(file, cube, wavelengths)
+            about = {"wavelength": [f"{w:g}" for w in wavelengths], "wavelength units": "Nanometers"}
+            image = extra("spectral.io.envi").create_image(
+                str(file), about, ext=".img", shape=(*cube.shape[1:], len(cube)), dtype=np.float32, interleave="bsq")
+            target = image.open_memmap(interleave="source", writable=True)  # (bands, H, W)
+            for band, rows in blocks(cube):
+                target[band, rows] = cube[band, rows]
+                release(target)
         for file in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
             os.replace(file, path.parent / file.name)
-
-
-def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
-    """(band, rows) pieces that cover a cube; the pages of a mapped one are let go on the way."""
-    for band, block in np.ndindex(len(cube), math.ceil(cube.shape[1] / rows)):
-        yield band, slice(block * rows, (block + 1) * rows)
-        release(cube)
-
-
-def write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    """MATLAB v7.3: HDF5 after a block of 512 bytes. MATLAB is column-major: its H x W x bands is (bands, W, H) here."""
-    with h5py.File(path, "w", userblock_size=512) as file:
-        dataset = file.create_dataset("cube", (len(cube), *cube.shape[:0:-1]), np.float32)
-        dataset.attrs["MATLAB_class"] = np.bytes_("single")
-        for band, rows in blocks(cube):
-            dataset[band, :, rows] = cube[band, rows].T
-        file["bands"] = np.float64(wavelengths)[:, None]
-        file["bands"].attrs["MATLAB_class"] = np.bytes_("double")
-    with open(path, "r+b") as file:
-        file.write(common.MAT_HEADER)
-
-
-def write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    metadata = {"wavelength": [f"{w:g}" for w in wavelengths], "wavelength units": "Nanometers"}
-    image = extra("spectral.io.envi").create_image(str(path), metadata, ext=".img", shape=(*cube.shape[1:], len(cube)),
-                                                   dtype=np.float32, interleave="bsq")
-    target = image.open_memmap(interleave="source", writable=True)  # (bands, H, W)
-    for band, rows in blocks(cube):
-        target[band, rows] = cube[band, rows]
-        release(target)
-
-
-def extra(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"this needs the package {error.name}: pip install -r requirements-extra.txt") from None
 
 
 @contextmanager
 def figure(path: str | Path, columns: int, width: float, height: float) -> Iterator[np.ndarray]:
     """Axes in a row to draw on; written as PNG in the end."""
     from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the whole process
-
     sheet = Figure(figsize=(width, height), layout="constrained")
     yield sheet.subplots(1, columns, squeeze=False)[0]
     common.atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
-
-
-def show(axis, image: np.ndarray, title: str = "", **settings):
-    axis.set(title=title, xticks=[], yticks=[])
-    return axis.imshow(image, **settings)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -422,27 +397,18 @@ def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points
     h, w = small.shape[1:]
     sheet = small.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
     with figure(f"{stem}_bands.png", 1, 12, min(40, 12 * rows * h / (columns * w))) as (axis,):
-        show(axis, sheet, cmap="gray", vmin=0, vmax=float(np.percentile(small[:bands], 99.5)))
+        axis.imshow(sheet, cmap="gray", vmin=0, vmax=float(np.percentile(small[:bands], 99.5)))
+        axis.set(xticks=[], yticks=[])
         for i, wavelength in enumerate(wavelengths):
             axis.text(i % columns * w, i // columns * h, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
     with figure(f"{stem}_spectra.png", 2, 10, 4) as (left, right):
-        show(left, picture)
+        left.imshow(picture)
+        left.set(xticks=[], yticks=[])
         for x, y in points or [(width * c // 6, height * r // 4) for r in (1, 3) for c in (1, 3, 5)]:
             (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
             left.plot(x / step, y / step, "o", color=line.get_color(), markeredgecolor="white")
         right.set(xlabel="wavelength, nm")
         right.legend(fontsize=8)
-
-
-def find_inputs(patterns: list[str]) -> list[Path]:
-    found: list[Path] = []
-    for pattern in map(Path, patterns):
-        if pattern.is_dir():
-            here = sorted(path for path in pattern.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES))
-        else:
-            here = [pattern] if pattern.exists() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-        found += here or [pattern]  # reading it fails, and says so, when the others are done
-    return list(dict.fromkeys(found))
 
 
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
@@ -467,15 +433,13 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         rgb, remarks = read_photo(path, Path(work))
         (source, low, high), (height, width) = photo_source(rgb, model.rgb_norm), rgb.shape[:2]
         remarks += [f"mirrored up to {MIN_SIDE} px"] * (min(height, width) < MIN_SIDE)
-        with tqdm(total=height * width / 1e6, unit="MPixel", desc=path.name, leave=False, disable=None,
+        with tqdm(total=height * width, unit="MPixel", unit_scale=1e-6, desc=path.name, leave=False, disable=None,
                   bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}") as bar:
-            cube, patch = predict(model, source, (height, width), args, channels=model.bands,
-                                  allocate=lambda bands: allocate_array((bands, height, width), np.float32, Path(work)),
-                                  tick=lambda pixels: bar.update(pixels / 1e6))
+            cube, patch = predict(model, source, (height, width), args, channels=model.bands, tick=bar.update,
+                                  allocate=lambda bands: allocate_array((bands, height, width), np.float32, Path(work)))
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
-            points = [tuple(map(int, point.split(","))) for point in args.points]
-            points = [(x, y) for x, y in points if x < width and y < height]
+            points = [(x, y) for x, y in (map(int, p.split(",")) for p in args.points) if x < width and y < height]
             write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     seconds = time.perf_counter() - start
     norm = f"per_image, {low}..{high} of the whole image to 0..1" if model.rgb_norm == "per_image" else "unit, /255"
@@ -486,7 +450,14 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
 
 def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
     """Each rank its share of the inputs. What fails is listed when the others are done."""
-    inputs = find_inputs(args.input)
+    inputs: list[Path] = []
+    for pattern in map(Path, args.input):
+        if pattern.is_dir():
+            found = sorted(path for path in pattern.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES))
+        else:
+            found = [pattern] if pattern.exists() else sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+        inputs += found or [pattern]  # reading it fails, and says so, when the others are done
+    inputs = list(dict.fromkeys(inputs))
     targets, kind = output_paths(inputs, Path(args.output), args.format)
     failures, taken = [], {}
     for path, target in list(zip(inputs, targets, strict=True))[ranks.rank :: ranks.world_size]:
@@ -500,11 +471,6 @@ def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
             failures.append(f"{path}: {error}")
     if failures:
         raise UserError(f"{len(failures)} of {len(inputs)} inputs failed: " * (len(inputs) > 1) + "; ".join(failures))
-
-
-STRESS = {"recipe": {}} | {f"{key} {value}": {key: value} for key, values in {  # changes from the field's recipe
-    "exposure": (0.25, 0.5, 2.0, 4.0), "electrons": (5000, 200, 50), "jpeg_quality": (95, 30, 10),
-    "camera": ("analytic2",)}.items() for value in values}
 
 
 def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
@@ -570,10 +536,9 @@ def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
         reliability = [[float(x.flatten()[part].mean()) for part in tenths] for x in (scale, error)]
         record |= {f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES}
     common.write_json(folder / "metrics" / f"{name}_metrics.json", record)
-    kinds = [("hsi", "npy", cube, ""), ("hsi", "npy", target, "_target"), ("cubes", "mat", cube, "")]
-    for place, kind, array, suffix in kinds if args.format == "mat" else kinds[:2]:
-        write_cube(folder / place / f"{name}{suffix}{WRITTEN[kind]}", array.clamp(0, 1).contiguous().numpy(),
-                   model.wavelengths, kind)
+    written = [("hsi", "npy", cube, name), ("hsi", "npy", target, f"{name}_target"), ("cubes", "mat", cube, name)]
+    for place, kind, array, stem in written if args.format == "mat" else written[:2]:
+        write_cube(folder / place / (stem + WRITTEN[kind]), array.clamp(0, 1).contiguous().numpy(), model.wavelengths, kind)
     bands = common.per_band_metrics(common.centre_crop(cube), common.centre_crop(target), args.metric_floor)
     stress = {"as given": record} if args.stress else {}
     return record | {"bands": bands, "seconds": seconds, "reliability": reliability, "stress": stress}
@@ -589,9 +554,8 @@ def summarise(model: Loaded, records: list[dict], peak: int, dtype: str, args: S
     summary = {
         "name": model.name, "checkpoint": model.path, "model": model.kind, "weights": model.weights, "amp": args.amp,
         "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": args.patch_size, "device": str(model.device),
-        "data_root": args.data_root, "split": args.split, "target_dtype": dtype,
-        "scenes": len(records), "border": records[0]["border"],
-        "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
+        "data_root": args.data_root, "split": args.split, "target_dtype": dtype, "scenes": len(records),
+        "border": records[0]["border"], "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
         "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
         "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
         "parameters": sum(p.numel() for p in model.module.parameters()), "macs_256": counter.get_total_flops() // 2,
@@ -627,11 +591,9 @@ def report(summaries: list[dict], stress: list[dict], args: Settings, output: Pa
         lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
         cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in line] for line in lines)
         return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
     rows, first = [], summaries[0]
     for s in summaries:
-        how = f"{s['weights']} weights, rgb {s['rgb_norm']}" + ", 8 views" * s["ensemble"]
-        rows.append({"model": f"{s['name']} ({how})"} | {
+        rows.append({"model": f"{s['name']} ({s['weights']} weights, rgb {s['rgb_norm']}{', 8 views' * s['ensemble']})"} | {
             key: "{:.4f} [{:.4f}, {:.4f}]".format(s["mean"][key], *s["interval_95"][key])
             for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")} | {
             "params M": f"{s['parameters'] / 1e6:.2f}", "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",

@@ -26,6 +26,7 @@ from common_utils_v32 import (
     fit_linear_spectral_path,
     make_average,
     opt,
+    smooth_basis,
     space_to_depth,
 )
 
@@ -502,12 +503,6 @@ class GatedCrossFusion(nn.Module):
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
-def smooth_basis(bands: int, rank: int) -> Tensor:
-    """The smoothest orthonormal spectra (bands, rank): the first cosines of the DCT."""
-    angle = math.pi * (torch.arange(bands, dtype=torch.float64)[:, None] + 0.5) * torch.arange(rank) / bands
-    return F.normalize(angle.cos(), dim=0).float()
-
-
 class SHARPv32(nn.Module):
     """cube = linear(rgb) * gain + intensity * term: a U-net at 1/2 to 1/8 of the resolution steers a small network on
     the pixels, which mixes smooth spectra to log gain and term. Both are relative to the pixel, as the error is."""
