@@ -549,10 +549,10 @@ def scene_metrics(pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: 
 
 
 def per_band_metrics(pred: Tensor, target: Tensor, floor: float = 1e-6) -> dict[str, list[float]]:
-    """MRAE, RMSE and PSNR of every band."""
+    """MRAE, RMSE, PSNR, ERGAS and SSIM of every band (one band has no spectral angle)."""
     bands = [(p[None], t[None]) for p, t in zip(*_pair(pred, target), strict=True)]
-    return {"mrae": [mrae(*band, floor) for band in bands], "rmse": [rmse(*band) for band in bands],
-            "psnr": [psnr(*band) for band in bands]}
+    return {"mrae": [mrae(*band, floor) for band in bands]} | {
+        metric.__name__: [metric(*band) for band in bands] for metric in (rmse, psnr, ergas, ssim)}
 
 
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:

@@ -401,10 +401,12 @@ def _bytes_needed(job: tuple[str, data.Scene], settings: dict) -> int:
 
 
 def _is_done(root: Path, split: str, scene: data.Scene) -> bool:
-    """An earlier run wrote this scene, from the same raw files."""
+    """An earlier run wrote this scene, from the same raw files, and its own files are as it left them."""
     path = root / split / f"{scene.name}.json"
     entry = read_json(path) if path.exists() else {"source": None}
-    return entry["source"] == _source(scene) and all((root / entry[k]).exists() for k in ("cube", "rgb") if k in entry)
+    files = [(root / entry[kind], entry[f"{kind}_sha256"]) for kind in ("cube", "rgb") if kind in entry]
+    return entry["source"] == _source(scene) and all(
+        file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == checksum for file, checksum in files)
 
 
 def stage(args: argparse.Namespace) -> None:

@@ -573,7 +573,7 @@ def summarise(model: Loaded, records: list[dict], peak: int, dtype: str, args: S
         common.atomic_write(folder / "figures" / f"{rank}.png", partial(sheet.savefig, format="png", dpi=110))
     inside = {p: 100 * mean[f"coverage_{p}"] for p in COVERAGES if f"coverage_{p}" in mean}
     with figure(folder / "figures" / "curves.png", 5, 20, 3.6) as axes:
-        for axis, (key, values) in zip(axes, summary["per_band"].items(), strict=False):
+        for axis, (key, values) in zip(axes[:3], summary["per_band"].items(), strict=False):
             axis.plot(model.wavelengths, values, marker=".")
             axis.set(xlabel="wavelength, nm", title=f"{key.upper()} per band")
         axes[3].plot([0, 100], [0, 100], "k:", list(inside), list(inside.values()), "o-")

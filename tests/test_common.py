@@ -130,9 +130,14 @@ def test_ssim_is_one_for_equal_and_falls_with_noise():
 
 
 def test_per_band_metrics_average_to_the_whole():
+    pytest.importorskip("torchmetrics")
     pred, target = (torch.from_numpy(x) for x in scene())
     bands = common.per_band_metrics(pred, target)
     assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(common.mrae(pred, target))
+    assert np.square(bands["rmse"]).mean() ** 0.5 == pytest.approx(common.rmse(pred, target))
+    assert np.square(bands["ergas"]).mean() ** 0.5 == pytest.approx(common.ergas(pred, target))
+    inside = [x.clamp(0, 1) for x in (pred, target)]
+    assert np.mean(bands["ssim"]) == pytest.approx(common.ssim(*inside), abs=1e-5)
 
 
 def test_a_record_of_the_environment_needs_no_git(monkeypatch):

@@ -231,6 +231,16 @@ def test_a_changed_raw_file_is_staged_again(raw, tmp_path):
     assert [x == y for x, y in zip(*sums, strict=True)] == [True, False, True]
 
 
+def test_a_damaged_staged_file_is_staged_again(raw, tmp_path):
+    before = stage(raw, tmp_path / "staged") and files(tmp_path / "staged")
+    with (tmp_path / "staged" / "train" / "b.rgb.npy").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    assert files(tmp_path / "staged") != before
+    stage(raw, tmp_path / "staged")
+    assert files(tmp_path / "staged") == before
+
+
 @pytest.mark.parametrize("flag", [("--stride", "4"), ("--patch-size", "48"), ("--dtype", "float32"), ("--scale", "2")])
 def test_a_folder_staged_with_other_settings_is_refused_and_left_as_it_is(raw, tmp_path, flag):
     stage(raw, tmp_path / "staged")

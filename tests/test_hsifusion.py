@@ -36,6 +36,12 @@ def test_any_size_and_parity_comes_back_as_it_went_in(size):
     assert small()(torch.rand(2, 3, *size)).shape == (2, 31, *size)
 
 
+@pytest.mark.parametrize("size", [(482, 512), (487, 331)])
+def test_a_full_frame_comes_back_at_its_size(size):
+    with torch.no_grad():
+        assert create_hsifusion_lightning_pro("tiny").eval()(torch.rand(1, 3, *size)).shape == (1, 31, *size)
+
+
 @pytest.mark.parametrize("channels", [(1, 4), (4, 28), (8, 250)])
 def test_other_channel_counts(channels):
     assert small(in_channels=channels[0], out_channels=channels[1])(torch.rand(1, channels[0], 64, 64)).shape[1] == channels[1]

@@ -137,7 +137,7 @@ def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tm
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_same_seed_writes_the_same_lines_and_another_seed_others(trainer, raw_arad, tmp_path):
     lines = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_run(trainer, raw_arad, tmp_path / name, "--seed", seed, "--epochs", 1, DROP[trainer], 0.2).train()
         text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
         measured = ("patches_per_second", "memory_gb")
