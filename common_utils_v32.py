@@ -624,6 +624,61 @@ def depth_to_space(x: Tensor, height: int, width: int) -> Tensor:
     return x.unflatten(3, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :height, :width]
 
 
+# Values in one temporary where no gradient is recorded. A CPU's allocator maps larger ones anew for every operation, which
+# costs more than the arithmetic; a GPU needs large ones to be busy.
+STRIP_FLOATS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
+    """Rows of x (B, H, W, C) to read, and which of those to keep: all at once while gradients are recorded, else strips of
+    even height whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context."""
+    height, floats = x.shape[1], STRIP_FLOATS.get(x.device.type, 1 << 27)
+    whole = torch.is_grad_enabled() or torch.compiler.is_exporting()
+    rows = height if whole else max(4, floats // (len(x) * x.shape[2] * channels) // 2 * 2)
+    tops = [(max(0, top - halo), top) for top in range(0, height, rows)]
+    return [(slice(start, top + rows + halo), slice(top - start, top - start + rows)) for start, top in tops]
+
+
+def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo: int = 0) -> Tensor:
+    """function(*xs), which maps rows of (B, H, W, C) to rows, or two to one, and sees `halo` rows to either side."""
+    strips, out, filled = row_strips(xs[0], channels, halo), None, 0
+    for read, keep in strips:
+        part = function(*(x[:, read] for x in xs))[:, keep]
+        if len(strips) == 1:
+            return part
+        if out is None:
+            height = math.ceil(xs[0].shape[1] / (keep.stop // part.shape[1]))
+            out = part.new_empty(len(part), height, *part.shape[2:])
+        out[:, filled : filled + part.shape[1]] = part
+        filled += part.shape[1]
+    return out
+
+
+def pixels_in_strips(function: Callable[..., list[Tensor]], x: Tensor, colour: Tensor, features: Tensor, channels: int) -> list:
+    """function(x, colour, features) -> outputs of `channels`, which sees one row more to either side; x, colour and the
+    outputs have the pixels' rows, the features half as many."""
+    parts = []
+    for read, keep in row_strips(features, 8 * channels, halo=1):
+        pixels, keep = slice(2 * read.start, 2 * read.stop), slice(2 * keep.start, 2 * keep.stop)
+        parts.append([y[:, keep] for y in function(x[:, pixels], colour[:, pixels], features[:, read])])
+    return [y[0] if len(y) == 1 else torch.cat(y, dim=1) for y in zip(*parts, strict=True)]
+
+
+DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
+
+
+def brightness(x: Tensor) -> Tensor:
+    """Mean of the channels of (B, H, W, C), DARK above 0, (B, H, W, 1)."""
+    return x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
+
+
+def colour_features(x: Tensor) -> Tensor:
+    """x (B, H, W, C), x over its intensity, and the logarithms of both, (B, H, W, 3 C + 1), all of order 1."""
+    intensity, most = brightness(x), 2.0 * x.shape[-1]
+    chroma = ((x.clamp_min(0) + DARK) / intensity).log()
+    return torch.cat([x, (x / intensity).clamp(-most, most), 0.5 + 0.3 * intensity.log(), 0.5 * chroma], dim=-1)
+
+
 def smooth_basis(bands: int, rank: int) -> Tensor:
     """The smoothest orthonormal spectra (bands, rank): the first cosines of the DCT."""
     angle = math.pi * (torch.arange(bands, dtype=torch.float64)[:, None] + 0.5) * torch.arange(rank) / bands

@@ -17,7 +17,6 @@ copy between the two. Levels halve with a ceiling, so no size needs padding but 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +27,15 @@ from torch.utils.checkpoint import checkpoint
 from common_utils_v32 import (
     DropPath,
     SpectralAttention,
+    brightness,
     build_from_checkpoint,
+    colour_features,
     depth_to_space,
     fit_linear_spectral_path,
+    in_strips,
     opt,
+    pixels_in_strips,
+    row_strips,
     smooth_basis,
     space_to_depth,
 )
@@ -46,12 +50,8 @@ SIZES = {
 LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of the resolution
 PIXEL_CHANNELS = 48  # width of the full-resolution network
 CONTEXT_SIDE = 8  # cross-attention sees a skip pooled to at most 8 x 8 tokens
-DARK = 0.01  # added to the intensity: below it a pixel's relative correction fades, as the relative error's floor does
 BASIS_RANK = 12  # smooth spectra that the head mixes: fewer than bands, so that what it learns holds for other materials
 GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
-# Values in one temporary where no gradient is recorded. A CPU's allocator maps larger ones anew for every operation, which
-# costs more than the arithmetic; a GPU needs large ones to be busy.
-STRIP_FLOATS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 @dataclass
@@ -116,36 +116,6 @@ def convolve(conv: nn.Conv2d, x: Tensor, channels_last: bool = True) -> Tensor:
     """Apply a convolution to (B, H, W, C)."""
     image = x.permute(0, 3, 1, 2)
     return conv(image if channels_last else image.contiguous()).permute(0, 2, 3, 1)
-
-
-def brightness(x: Tensor) -> Tensor:
-    """Mean of the channels of (B, H, W, C), DARK above 0, (B, H, W, 1)."""
-    return x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
-
-
-def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
-    """Rows of x (B, H, W, C) to read, and which of those to keep: all at once while gradients are recorded, else strips of
-    even height whose temporaries of `channels` channels have at most STRIP_FLOATS values, with `halo` rows of context."""
-    height, floats = x.shape[1], STRIP_FLOATS.get(x.device.type, 1 << 27)
-    whole = torch.is_grad_enabled() or torch.compiler.is_exporting()
-    rows = height if whole else max(4, floats // (len(x) * x.shape[2] * channels) // 2 * 2)
-    tops = [(max(0, top - halo), top) for top in range(0, height, rows)]
-    return [(slice(start, top + rows + halo), slice(top - start, top - start + rows)) for start, top in tops]
-
-
-def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo: int = 0) -> Tensor:
-    """function(*xs), which maps rows of (B, H, W, C) to rows, or two to one, and sees `halo` rows to either side."""
-    strips, out, filled = row_strips(xs[0], channels, halo), None, 0
-    for read, keep in strips:
-        part = function(*(x[:, read] for x in xs))[:, keep]
-        if len(strips) == 1:
-            return part
-        if out is None:
-            height = math.ceil(xs[0].shape[1] / (keep.stop // part.shape[1]))
-            out = part.new_empty(len(part), height, *part.shape[2:])
-        out[:, filled : filled + part.shape[1]] = part
-        filled += part.shape[1]
-    return out
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -435,22 +405,11 @@ class HSIFusionNet(nn.Module):
             raise ValueError(f"input {tuple(rgb.shape)}: need (B, {config.in_channels}, H, W) with sides of at least "
                              f"min_input_size = {config.min_input_size}")
         x = rgb.permute(0, 2, 3, 1).contiguous()
-        colour = self.colours(x)
-        features = self.trunk(colour)
-        parts = []
-        for read, keep in row_strips(features, 8 * self.config.out_channels, halo=1):  # a row of features has two rows of pixels
-            pixels, keep = slice(2 * read.start, 2 * read.stop), slice(2 * keep.start, 2 * keep.stop)
-            parts.append([y[:, keep] for y in self.bands(x[:, pixels], colour[:, pixels], features[:, read])])
-        outputs = [y[0] if len(y) == 1 else torch.cat(y, dim=1) for y in zip(*parts, strict=True)]
+        colour = colour_features(x)
+        outputs = pixels_in_strips(self.bands, x, colour, self.trunk(colour), channels=config.out_channels)
         outputs = [y.permute(0, 3, 1, 2) for y in outputs]
         outputs = outputs if config.use_channels_last else [y.contiguous() for y in outputs]
         return tuple(outputs) if config.estimate_uncertainty else outputs[0]
-
-    def colours(self, x: Tensor) -> Tensor:
-        """x (B, H, W, in), x over its intensity, and the logarithms of both, (B, H, W, 3 in + 1), all of order 1."""
-        intensity = brightness(x)
-        chroma = ((x.clamp_min(0) + DARK) / intensity).log()
-        return torch.cat([x, x / intensity, 0.5 + 0.3 * intensity.log(), 0.5 * chroma], dim=-1)
 
     def bands(self, x: Tensor, colour: Tensor, features: Tensor) -> list[Tensor]:
         """The per-pixel network, on rows of pixels and the trunk's features under them: the cube (B, H, W, out), and its

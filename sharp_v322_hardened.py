@@ -20,12 +20,16 @@ from torch.utils.flop_counter import register_flop_formula
 from common_utils_v32 import (
     DropPath,
     SpectralAttention,
+    brightness,
     build_from_checkpoint,
+    colour_features,
     decay_groups,
     depth_to_space,
     fit_linear_spectral_path,
+    in_strips,
     make_average,
     opt,
+    pixels_in_strips,
     smooth_basis,
     space_to_depth,
 )
@@ -335,7 +339,6 @@ LEVEL_WIDTHS = (1.0, 1.75, 2.75, 3.5)    # of base_dim, at 1/2, 1/4, 1/8 and 1/1
 GAIN_LIMIT = 3.0               # of the logarithm of a band's gain: 1/20 to 20
 PIXEL_DIM = 48                           # width of the full-resolution network
 BASIS_RANK = 16                          # smooth spectra that the head mixes; measured reflectances need fewer than 10
-DARK = 0.01                              # added to the intensity, the floor of the relative error
 
 
 @dataclasses.dataclass
@@ -483,6 +486,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x)))
+        return in_strips(self._mlp, x, channels=self.expand.out_features, halo=1)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.depthwise(self.expand(self.norm2(x))))
         return x + self.drop_path(self.scale2 * self.shrink(hidden))
 
@@ -541,19 +547,22 @@ class SHARPv32(nn.Module):
             raise ValueError(f"the input must be (B, {config.in_channels}, H, W) with H and W at least "
                              f"min_input_size = {config.min_input_size}, not {tuple(rgb.shape)}")
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
-        intensity = x.mean(-1, keepdim=True).clamp_min(0) + DARK
-        logs = 0.3 * intensity.log() + 0.5, 0.5 * ((x.clamp_min(0) + DARK) / intensity).log()
-        colour = torch.cat([x, (x / intensity).clamp(-2.0 * x.shape[-1], 2.0 * x.shape[-1]), *logs], -1)
-        pixels = F.gelu(self.pixel_in(colour) + depth_to_space(self.guide(self._unet(colour)), *x.shape[1:3]))
+        colour = colour_features(x)
+        [cube] = pixels_in_strips(self._bands, x, colour, self._unet(colour), channels=config.out_channels)
+        return cube.permute(0, 3, 1, 2)
+
+    def _bands(self, x: Tensor, colour: Tensor, features: Tensor) -> list[Tensor]:
+        """The per-pixel network, on rows of pixels and the U-net's features under them: [cube (B, H, W, out)]."""
+        pixels = F.gelu(self.pixel_in(colour) + depth_to_space(self.guide(features), *x.shape[1:3]))
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
         with torch.autocast(x.device.type, enabled=False):      # the last sum decides the error of dark pixels
             both = torch.block_diag(self.basis, self.basis)      # one product over the pixels, not two
             spectra = F.linear(pixels.float(), both @ self.coefficients.weight, both @ self.coefficients.bias)
             gain, term = spectra.chunk(2, dim=-1)
-            cube = self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term
-            if config.non_negative:                     # the gradient passes, or a pixel below 0 would stay there
+            cube = self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + brightness(x) * term
+            if self.config.non_negative:                # the gradient passes, or a pixel below 0 would stay there
                 cube = cube + (cube.clamp_min(0) - cube).detach()
-        return cube.permute(0, 3, 1, 2)
+        return [cube]
 
     def _unet(self, colour: Tensor) -> Tensor:
         x, skips = self._run(self.encoder[0], self.stem(space_to_depth(colour))), []

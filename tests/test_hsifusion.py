@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import hsifusion_v252_complete as hsi
-from common_utils_v32 import UserError, fit_linear_spectral_path, save_checkpoint
+from common_utils_v32 import STRIP_FLOATS, UserError, fit_linear_spectral_path, save_checkpoint
 from hsifusion_v252_complete import LightningProBlock, LightningProConfig, create_hsifusion_lightning_pro, from_pretrained
 
 SMALL = {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
@@ -259,7 +259,7 @@ def test_strips_change_nothing(monkeypatch, size, features):
     model, x = small(**features).eval(), torch.rand(2, 3, *size)
     with torch.no_grad():
         whole = model(x)
-        monkeypatch.setitem(hsi.STRIP_FLOATS, "cpu", 1)  # the thinnest that are cut
+        monkeypatch.setitem(STRIP_FLOATS, "cpu", 1)  # the thinnest that are cut
         torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sharp_v322_hardened as sharp
-from common_utils_v32 import save_checkpoint
+from common_utils_v32 import STRIP_FLOATS, save_checkpoint
 from sharp_v322_hardened import ChannelRMSNorm, RBFProjection, SHARPv32Config, SHARPv32Trainer, create_sharp_v32
 
 MILLIONS = {"tiny": 1.7, "small": 4.0, "base": 12.0, "large": 32.0}
@@ -71,6 +71,15 @@ def test_any_size_comes_back_at_that_size(height, width):
 def test_a_full_frame_comes_back_at_its_size(height, width):
     with torch.no_grad():
         assert create_sharp_v32("tiny")(images(1, 3, height, width)).shape == (1, 31, height, width)
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (87, 79)])
+def test_strips_change_nothing(monkeypatch, height, width):
+    model, x = little().eval(), images(2, 3, height, width)
+    with torch.no_grad():
+        whole = model(x)
+        monkeypatch.setitem(STRIP_FLOATS, "cpu", 1)  # the thinnest that are cut
+        torch.testing.assert_close(model(x), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_input_is_an_error():
