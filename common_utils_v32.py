@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import errno
 import io
 import json
@@ -201,7 +202,8 @@ def init_process_group(device: str) -> tuple[Ranks, torch.device]:
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     resolved = resolve_device(device, local)
     if world > 1:
-        dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # one rank may have longer scenes to score than another
+        dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo", timeout=patience)
     return Ranks(int(os.environ.get("RANK", "0")), world, local), resolved
 
 
@@ -531,8 +533,8 @@ def centre_crop(x: Tensor, border: int = 128) -> Tensor:
     """The protocol's centre: the border removed from the last two dimensions (226 x 256 of 482 x 512)."""
     height, width = x.shape[-2:]
     bh, bw = crop_border(height, width, border)
-    if 2 * bh >= height or 2 * bw >= width:
-        raise UserError(f"a crop border of {border} px leaves nothing of a frame of {height} x {width}; give a smaller one")
+    if border < 0 or 2 * bh >= height or 2 * bw >= width:
+        raise UserError(f"a crop border of {border} px of a frame of {height} x {width}: give one from 0 to what leaves pixels")
     return x[..., bh : height - bh, bw : width - bw]
 
 
@@ -593,6 +595,27 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.GradScaler:
+    """It scales for float16 alone; for every type it makes the optimizer skip a step whose gradients are not finite."""
+    still = {"init_scale": 1.0, "growth_factor": 1 + 2**-40, "backoff_factor": 1 - 2**-40}  # in float32 both factors are 1
+    return torch.amp.GradScaler(device.type, **({} if amp is torch.float16 else still))
+
+
+def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict) -> None:
+    """Load both from `state`; a scale that was kept for another precision is left out."""
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]["growth_factor"] == scaler.get_growth_factor():
+        scaler.load_state_dict(state["scaler"])
+
+
+def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict, lr: float, weight_decay: float) -> None:
+    """Load a schedule whose optimizer, of decay_groups, is restored; go on with this run's lr and weight decay."""
+    schedule.load_state_dict(state)
+    schedule.base_lrs = [lr] * len(schedule.base_lrs)
+    for group, decay, curve in zip(schedule.optimizer.param_groups, (weight_decay, 0.0), schedule.lr_lambdas, strict=True):
+        group.update(weight_decay=decay, initial_lr=lr, lr=lr * curve(schedule.last_epoch))
 
 
 def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | None:

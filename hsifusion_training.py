@@ -83,7 +83,8 @@ class TrainConfig(DataConfig):
         super().__post_init__()
         self.data_root = self.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
         self.experiment_name = self.experiment_name or f"{MODEL}_{self.model_size}"
-        positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval", "log_interval", "lr")
+        positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval", "log_interval", "lr",
+                    "metric_floor")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -163,7 +164,7 @@ class Run:
             common.load_weights(self.model, state["state_dict"], resume)
         elif ranks.is_main:
             self.model.fit_spectral_path(*(x.to(device) for x in self.train_loader.spread(FIT_PIXELS)))
-        if cfg.use_channels_last:
+        if self.model.config.use_channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.network = self.model
         if ranks.world_size > 1:
@@ -172,14 +173,12 @@ class Run:
         compiled, self.amp = compile_in_place(self.network, cfg, device), precision(cfg, device)
         common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
 
-        # The scaler scales for fp16 only; for every type it skips a step whose gradients are not finite.
         self.iterations = len(self.train_loader)
         self.optimizer = make_optimizer(self.model, cfg)
         steps = math.ceil(self.iterations / cfg.accumulate_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr)
-        scaling = {} if self.amp == torch.float16 else {"init_scale": 1.0, "backoff_factor": 1 - 2**-40}  # in float32 that is 1
-        self.scaler = torch.amp.GradScaler(device.type, **scaling)
+        self.scaler = common.make_scaler(device, self.amp)
         self.skipped = torch.zeros((), device=device)  # steps in a row
         self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps))
         self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
@@ -335,11 +334,12 @@ class Run:
         self.metrics = common.mean_metrics(scores) | {
             "mrae_interval_95": list(interval), "border": scores[0]["border"], "scenes": len(scores)}
         self.validated = self.epoch
-        self.log.write("val", self.step, {"epoch": self.epoch} | self.metrics)
+        self.log.write("val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics)
         self.log.figure("val/scene", self.step, figure)
         m = self.metrics
         self.say(f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
-                 f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g})")
+                 f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g}, "
+                 f"rgb {cfg.rgb_norm})")
         if m["mrae"] < self.best:
             self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
@@ -368,15 +368,14 @@ class Run:
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from a checkpoint's state (the model's weights are loaded already)."""
-        missing = [key for key in ("optimizer", "schedule", "scaler", "rng", *PROGRESS) if key not in state]
+        missing = [key for key in ("settings", "optimizer", "schedule", "scaler", "rng", *PROGRESS) if key not in state]
         if missing:
             raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
         for key in ("rgb_norm", "wavelengths"):
             if state["data"].get(key) != self.data_facts[key]:
                 raise UserError(f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        common.restore(self.optimizer, self.scaler, state)
+        common.restore_schedule(self.schedule, state["schedule"], self.cfg.lr, self.cfg.weight_decay)
         if self.average is not None and state["ema"]:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_updates"])
@@ -384,6 +383,11 @@ class Run:
             common.set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
+        if self.iteration > self.iterations:
+            raise UserError(f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now has "
+                            f"{self.iterations}; give the --iterations_per_epoch, --batch_size and ranks of that run")
+        if any(state["settings"][key] != getattr(self.cfg, key) for key in ("metric_floor", "val_crop_border")):
+            self.best, self.best_metrics = math.inf, {}  # of another measure
         self.say(f"resumed: {path} at epoch {self.epoch}, iteration {self.iteration}, step {self.step}")
 
 

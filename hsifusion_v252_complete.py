@@ -424,7 +424,7 @@ class HSIFusionNet(nn.Module):
             intensity = brightness(x)
             outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
             if self.config.estimate_uncertainty:
-                outputs.append(intensity * F.softplus(self.scale_head(pixels)) + 1e-4)
+                outputs.append(intensity * F.softplus(self.scale_head(pixels.detach())) + 1e-4)
         return outputs
 
     def trunk(self, colour: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from common_utils_v32 import UserError, leave_process_group, normalise_rgb, opt
 
 CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
-WAVELENGTH_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl")
+WAVELENGTH_KEYS = ("bands", "wavelengths", "wavelength", "Wavelengths", "Wavelength", "lambda", "wl")
 RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr")
 FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
@@ -354,7 +354,11 @@ class RawScenes(_Scenes):
                         axes = cube_axes(arrays[key].shape, path, True, self.axes, self.bands or None, self.shapes[-1])
                         self.layouts[-1], self.bands = (key, axes), arrays[key].shape[axes.index("c")]
                 self.bands = self.bands or self.arrays(number)[0].shape[2]
-            self.wavelengths = self.wavelengths or _bands_known(read_wavelengths(path), self.bands, path)
+            nm = _bands_known(read_wavelengths(path), self.bands, path)
+            self.wavelengths = self.wavelengths or nm
+            if np.abs(np.subtract(nm, self.wavelengths)).max() > 1:
+                raise UserError(f"{path}: its bands are at {nm[0]:g}..{nm[-1]:g} nm, those of {self.names[0]} at "
+                                f"{self.wavelengths[0]:g}..{self.wavelengths[-1]:g} nm; use them apart")
 
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""

@@ -87,6 +87,7 @@ class Settings:
     model: str | None = computing(None, "for a checkpoint that does not say", choices=tuple(FACTORIES))
     model_size: str = computing("base", "with --model")
     model_options: str = computing("{}", "with --model: other fields of its configuration, as JSON")
+    rgb_norm: str | None = computing(None, "for a checkpoint that does not say", choices=("per_image", "unit"))
     mst_root: str | None = computing(None, "a checkout of MST++, for its .pth files")
     evaluate: bool = scoring(False, "score the scenes of a split")
     stress: bool = scoring(False, "score them under other exposure, noise, JPEG quality, camera")
@@ -104,6 +105,7 @@ class Settings:
             ((self.input or self.export) and len(self.checkpoint) > 1, "--input and --export take one --checkpoint"),
             (tile < MIN_SIDE, f"--patch_size {tile}: at least {MIN_SIDE}"),
             (not 0 <= (self.overlap or 0) < tile, f"--overlap {self.overlap}: from 0 to less than --patch_size"),
+            (self.metric_floor <= 0, f"--metric_floor {self.metric_floor}: must be above 0"),
             (self.batch_size < 1 or (self.memory_gb or 1) <= 0, "--batch_size and --memory_gb must be positive"),
             (not all(re.fullmatch(r"\d+,\d+", point) for point in self.points), "--points: write X,Y of each pixel"),
         ):
@@ -150,9 +152,13 @@ def load_model(spec: str, args: Settings, device: torch.device) -> Loaded:
         raise UserError(f"{path}: its configuration does not fit {kind}: {error}") from None
     common.load_weights(module, state, path)
     bands = config.get("out_channels") or getattr(module.config, "out_channels", 31)
+    rgb_norm = facts.get("rgb_norm") or args.rgb_norm or ("per_image" if kind == "mst++" else None)
+    if rgb_norm is None or args.rgb_norm not in (None, rgb_norm):
+        raise UserError(f"{path}: " + (f"was trained with --rgb_norm {rgb_norm}" if rgb_norm else
+                                       "does not say how its RGB was normalised; give --rgb_norm per_image or unit"))
     wavelengths = [float(w) for w in facts.get("wavelengths") or np.linspace(400, 700, bands)]  # ARAD-1K's range
     model = Loaded(name, path, kind, module.to(device, memory_format=torch.channels_last).eval(), device, weights,
-                   config, facts, facts.get("rgb_norm") or "per_image", wavelengths, bands)
+                   config, facts | {"rgb_norm": rgb_norm, "wavelengths": wavelengths}, rgb_norm, wavelengths, bands)
     with LiveBytes() as live:
         forward(model, torch.rand(1, 3, 2 * MIN_SIDE, 2 * MIN_SIDE), args)
     model.pixel_bytes = live.peak / (2 * MIN_SIDE) ** 2
@@ -459,25 +465,30 @@ def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
         inputs += found or [pattern]  # reading it fails, and says so, when the others are done
     inputs = list(dict.fromkeys(inputs))
     targets, kind = output_paths(inputs, Path(args.output), args.format)
-    failures, taken = [], {}
-    for path, target in list(zip(inputs, targets, strict=True))[ranks.rank :: ranks.world_size]:
+    pairs, failures = list(zip(inputs, targets, strict=True)), []
+    first = dict(reversed([(target, path) for path, target in pairs]))
+    for path, target in pairs[ranks.rank :: ranks.world_size]:
         try:
             if not path.is_file():
                 raise UserError("no such image, folder of images, or match")
-            if taken.setdefault(target, path) != path:
-                raise UserError(f"{taken[target]} gives {target.name} already; rename one")
+            if first[target] != path:
+                raise UserError(f"{first[target]} gives {target.name} already; rename one")
             print(reconstruct(model, path, target, kind, args))
         except UNREADABLE as error:
             failures.append(f"{path}: {error}")
-    if failures:
+    failures = sum(ranks.gather(failures), [])  # of all ranks, when all are done
+    if failures and ranks.is_main:
         raise UserError(f"{len(failures)} of {len(inputs)} inputs failed: " * (len(inputs) > 1) + "; ".join(failures))
 
 
 def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
     """Score every model on the split, each rank its share of the scenes; rank 0 writes what concerns all of them."""
     output, summaries, stress = Path(args.output), [], []
-    for model in models:
-        folder = output / model.name if len(models) > 1 else output
+    folders = [output / model.name if len(models) > 1 else output for model in models]
+    for folder in folders if ranks.is_main else ():
+        if (folder / "metrics").exists() and not args.overwrite:  # else the two would be averaged by those who read it
+            raise UserError(f"--output {folder}: holds an evaluation; give --overwrite to replace it, or another folder")
+    for model, folder in zip(models, folders, strict=True):
         loader = data.val_loader(data.DataConfig(args.data_root, rgb_norm=model.rgb_norm, val_split=args.split,
                                                  rank=ranks.rank, world_size=ranks.world_size))
         if loader.bands != model.bands:
@@ -485,6 +496,9 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
         if np.abs(np.subtract(loader.wavelengths, model.wavelengths)).max() > 5:  # nm, half a band of ARAD-1K
             raise UserError(f"{model.path}: was trained on {model.wavelengths[0]:g}..{model.wavelengths[-1]:g} nm, "
                             f"{args.data_root} has {loader.wavelengths[0]:g}..{loader.wavelengths[-1]:g} nm")
+        for part in ("metrics", "hsi", "cubes") if ranks.is_main else ():
+            shutil.rmtree(folder / part, ignore_errors=True)
+        ranks.gather(None)  # the others write when that is done
         mine, peak = [], 0
         for scene in tqdm(loader, desc=model.name, disable=None):
             if not peak:  # this forward also warms up, so that the first one timed is like the others
@@ -493,7 +507,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
                 peak = live.peak
             mine.append(score(model, scene, args, folder))
             for change, settings in STRESS.items() if args.stress else ():
-                cube = predict_scene(model, render(model, scene, **settings), args)[: model.bands]
+                cube = predict_scene(model, render(model, scene, **settings), args)[0][: model.bands]
                 mine[-1]["stress"][change] = common.scene_metrics(cube, scene.cube[0], floor=args.metric_floor)
         records = sorted(sum(ranks.gather(mine), []), key=lambda record: record["scene_id"])
         if ranks.is_main:
@@ -506,12 +520,14 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
         report(summaries, stress, args, output)
 
 
-def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> Tensor:
-    """`forward` of a frame (1, 3, H, W) from the loader, whole unless --patch_size says otherwise."""
+def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, int | None]:
+    """`forward` of a frame (1, 3, H, W) from the loader, and the tile that it took: None for the whole frame, which it is
+    unless --patch_size or --memory_gb says otherwise, or memory runs out."""
     size = tuple(rgb.shape[-2:])
-    out, _ = predict(model, lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1], size, args,
-                     lambda channels: np.empty((channels, *size), np.float32), patch=args.patch_size or max(size))
-    return torch.from_numpy(out)
+    patch = args.patch_size or (plan_tile(model, size, args) if args.memory_gb else max(size))
+    out, patch = predict(model, lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1], size, args,
+                         lambda channels: np.empty((channels, *size), np.float32), patch=patch)
+    return torch.from_numpy(out), None if patch >= max(size) else patch
 
 
 def render(model: Loaded, scene, exposure: float = 1.0, camera: str = "analytic", **settings) -> Tensor:
@@ -527,9 +543,10 @@ def render(model: Loaded, scene, exposure: float = 1.0, camera: str = "analytic"
 def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
     """A scene's metrics, and its files in the layout that hsi_viz_suite reads."""
     start, target, name = time.perf_counter(), scene.cube[0].float(), scene.name
-    out = predict_scene(model, scene.rgb, args)
+    out, tile = predict_scene(model, scene.rgb, args)
     seconds, cube, reliability = time.perf_counter() - start, out[: model.bands], []
-    record = {"scene_id": name, **common.scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
+    record = {"scene_id": name, "rgb_norm": model.rgb_norm,
+              **common.scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
     if len(out) > model.bands:  # Laplace likelihood: P(|error| <= t) = 1 - exp(-t / scale)
         error, scale = (cube - target).abs(), out[model.bands :]
         ratio, tenths = error / scale, scale.flatten().argsort().tensor_split(10)  # from the surest tenth to the least sure
@@ -540,20 +557,23 @@ def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
     for place, kind, array, stem in written if args.format == "mat" else written[:2]:
         write_cube(folder / place / (stem + WRITTEN[kind]), array.clamp(0, 1).contiguous().numpy(), model.wavelengths, kind)
     bands = common.per_band_metrics(common.centre_crop(cube), common.centre_crop(target), args.metric_floor)
+    bands |= {f"{key}_full": values for key, values in common.per_band_metrics(cube, target, args.metric_floor).items()}
     stress = {"as given": record} if args.stress else {}
-    return record | {"bands": bands, "seconds": seconds, "reliability": reliability, "stress": stress}
+    return record | {"bands": bands, "seconds": seconds, "tile": tile, "reliability": reliability, "stress": stress}
 
 
 def summarise(model: Loaded, records: list[dict], peak: int, dtype: str, args: Settings, folder: Path) -> dict:
     """metrics.csv, summary.json (means over scenes with bootstrap intervals, per band, costs) and the figures."""
-    bands, seconds, reliability = ([record.pop(key) for record in records] for key in ("bands", "seconds", "reliability"))
+    bands, seconds, tiles, reliability = ([record.pop(key) for record in records]
+                                          for key in ("bands", "seconds", "tile", "reliability"))
     mean = {key: value for key, value in common.mean_metrics(records).items() if key != "metric_floor"}
     ordered = [record["scene_id"] for record in sorted(records, key=lambda record: record["mrae"])]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a CPU's fast kernel counts as 0
         forward(model, torch.rand(1, 3, 256, 256), replace(args, ensemble=False))
     summary = {
         "name": model.name, "checkpoint": model.path, "model": model.kind, "weights": model.weights, "amp": args.amp,
-        "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": args.patch_size, "device": str(model.device),
+        "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": min(filter(None, tiles), default=None),  # None: none
+        "device": str(model.device),
         "data_root": args.data_root, "split": args.split, "target_dtype": dtype, "scenes": len(records),
         "border": records[0]["border"], "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
         "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
@@ -598,14 +618,16 @@ def report(summaries: list[dict], stress: list[dict], args: Settings, output: Pa
             for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")} | {
             "params M": f"{s['parameters'] / 1e6:.2f}", "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",
             "s/frame": f"{s['seconds_per_frame']:.3f}", "peak MB": f"{s['peak_memory_mb']:.0f}"})
-    text = (f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
-            f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}\n\n{table(rows)}")
+    header = (f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
+            f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}")
+    text = f"{header}\n\n{table(rows)}"
     save_text(output / "table.md", text)
     print(text)
     if len(summaries) > 1:
         common.write_json(output / "summary.json", {"models": summaries})
     if stress:
-        save_text(output / "stress.md", table(stress))
+        save_text(output / "stress.md", f"{header}, rgb_norm {', '.join(dict.fromkeys(s['rgb_norm'] for s in summaries))}\n\n"
+                  f"{table(stress)}")
         common.write_json(output / "stress.json", {"metric_floor": args.metric_floor, "rows": stress})
         print(table(stress))
         with figure(output / "figures" / "stress.png", 2, 12, 4.5) as axes:
@@ -652,6 +674,7 @@ def export(model: Loaded, args: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = common.parse_dataclass(Settings, argv, __doc__.split("\n")[0])
+    common.set_default_environment()
     ranks, device = common.init_process_group(args.device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     models = [load_model(spec, args, device) for spec in args.checkpoint]

@@ -62,7 +62,7 @@ class TrainConfig(DataConfig):
     use_amp: bool = opt(True, "mixed precision where --amp_dtype gives one", group="speed")
     amp_dtype: str = opt("auto", "auto: on CUDA bf16, or fp16 where that is missing; on a CPU float32", group="speed",
                          choices=("auto", "bf16", "fp16"))
-    compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
+    compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA, or with --compile_mode", group="speed")
     use_channels_last: bool = opt(True, "weights of convolutions in channels_last memory", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
     deterministic: bool = opt(False, "deterministic CUDA kernels; a warning names those that are not", group="speed")
@@ -82,7 +82,8 @@ class TrainConfig(DataConfig):
         super().__post_init__()
         self.data_root = self.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
         self.experiment_name = self.experiment_name or MODEL
-        positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval", "log_interval", "lr")
+        positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval", "log_interval", "lr",
+                    "metric_floor")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -118,7 +119,7 @@ def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
 
 def compile_in_place(network: nn.Module, cfg: Settings, device: torch.device) -> bool:
     """Compile without changing the state dict's keys; True when it is on."""
-    wanted = device.type == "cuda" if cfg.compile_model is None else cfg.compile_model
+    wanted = cfg.compile_model if cfg.compile_model is not None else device.type == "cuda" or cfg.compile_mode is not None
     if wanted and not common.find_compiler():
         if cfg.compile_model:
             raise UserError("--compile_model needs a C++ compiler: install g++ or give --no-compile_model")
@@ -306,11 +307,12 @@ class Run:
         self.metrics = common.mean_metrics(scores) | {
             "mrae_interval_95": list(interval), "border": scores[0]["border"], "scenes": len(scores)}
         self.validated = self.epoch
-        self.log.write("val", self.step, {"epoch": self.epoch} | self.metrics)
+        self.log.write("val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics)
         self.log.figure("val/scene", self.step, figure)
         m = self.metrics
         self.say(f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
-                 f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g})")
+                 f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g}, "
+                 f"rgb {cfg.rgb_norm})")
         if m["mrae"] < self.best:
             self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
@@ -336,18 +338,23 @@ class Run:
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from a checkpoint's state (the model's weights are loaded already)."""
-        missing = [key for key in ("engine", "schedule", "rng", *PROGRESS) if key not in state]
+        missing = [key for key in ("settings", "engine", "schedule", "rng", *PROGRESS) if key not in state]
         if missing:
             raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
         for key in ("rgb_norm", "wavelengths"):
             if state["data"].get(key) != self.data_facts[key]:
                 raise UserError(f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}")
         self.engine.load_state_dict(state["engine"] | {"state_dict": state["state_dict"], "ema": state["ema"]})
-        self.schedule.load_state_dict(state["schedule"])
+        common.restore_schedule(self.schedule, state["schedule"], self.cfg.lr, self.cfg.weight_decay)
         if len(state["rng"]) == self.ranks.world_size:
             common.set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
+        if self.iteration > self.iterations:
+            raise UserError(f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now has "
+                            f"{self.iterations}; give the --iterations_per_epoch, --batch_size and ranks of that run")
+        if any(state["settings"][key] != getattr(self.cfg, key) for key in ("metric_floor", "val_crop_border")):
+            self.best, self.best_metrics = math.inf, {}  # of another measure
         self.say(f"resumed: {path} at epoch {self.epoch}, iteration {self.iteration}, step {self.step}")
 
 

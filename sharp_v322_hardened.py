@@ -28,8 +28,10 @@ from common_utils_v32 import (
     fit_linear_spectral_path,
     in_strips,
     make_average,
+    make_scaler,
     opt,
     pixels_in_strips,
+    restore,
     smooth_basis,
     space_to_depth,
 )
@@ -366,7 +368,7 @@ class SHARPv32Config:
     sparsemax_pad_value: float | None = opt(None, "sparsemax score off the frame; none masks", group="sparse attention")
     non_negative: bool = opt(True, "clamp the cube at 0, gradients pass", group="model")
     basis_weight: float = opt(0.01, "weight of the loss that keeps spectra smooth, orthonormal", group="model")
-    compile_mode: str | None = opt(None, "torch.compile mode of the step engine; none is eager", group="model", choices=(
+    compile_mode: str | None = opt(None, "of torch.compile; where given, the step engine compiles", group="model", choices=(
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"))
     ema_update_every: int = opt(1, "steps between updates of the averaged weights", group="model")
 
@@ -629,9 +631,7 @@ class SHARPv32Trainer:
         self.device = next(model.parameters()).device
         self.bad_steps = torch.zeros((), device=self.device)                  # in a row
         self.optimizer = optimizer(decay_groups(self.model, weight_decay), lr=lr, betas=(0.9, 0.999), fused=True)
-        # The scaler scales for float16 only; for every type it makes the optimizer skip gradients that are not finite.
-        scaling = {} if amp_dtype is torch.float16 else {"init_scale": 1.0, "backoff_factor": 1 - 2**-40}  # in float32, 1
-        self.scaler = torch.amp.GradScaler(self.device.type, **scaling)
+        self.scaler = make_scaler(self.device, amp_dtype)
         self.average = make_average(self.model, ema_decay, self.ema_update_every)
         if self.model.config.compile_mode:
             model.compile(mode=self.model.config.compile_mode)      # in place: names in state_dict stay
@@ -673,8 +673,7 @@ class SHARPv32Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        restore(self.optimizer, self.scaler, state)
         self.steps = state["step"]
         self.bad_steps.fill_(state["bad_steps"])
         if self.average is not None and state["ema"]:

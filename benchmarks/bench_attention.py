@@ -54,8 +54,8 @@ def make_case(shape, mode, device):
             out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
         elif mode == "local":                          # the fallback of top-k above max_tokens
             out = sparse_attention_topk_streaming(q, k, v, RATIO, max_tokens=64, spatial_shape=shape)
-        else:
-            out = sparse_attention_topk_streaming(q, k, v, RATIO, sparse_mode=mode)
+        else:                                          # no cap: the ratio alone says how many keys
+            out = sparse_attention_topk_streaming(q, k, v, RATIO, sparse_mode=mode, k_cap=n)
         torch.autograd.grad(out, (q, k, v), grad)
 
     return run

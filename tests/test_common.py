@@ -129,6 +129,11 @@ def test_ssim_is_one_for_equal_and_falls_with_noise():
     assert common.ssim(pred, target) < 0.999
 
 
+def test_a_border_below_zero_is_an_error():
+    with pytest.raises(common.UserError, match="crop border of -1 px"):
+        common.centre_crop(torch.zeros(1, 64, 64), -1)
+
+
 def test_per_band_metrics_average_to_the_whole():
     pytest.importorskip("torchmetrics")
     pred, target = (torch.from_numpy(x) for x in scene())

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import write_raw_arad
 from PIL import Image
 
 import optimized_dataloader as loader_module
@@ -378,6 +379,10 @@ def test_settings_out_of_range_are_errors(staged):
 
 
 def test_any_band_count_works_when_its_wavelengths_are_known(staged, tmp_path):
+    raw = write_raw_arad(tmp_path / "raw", bands=28)
+    _, cube = prepare_batch(next(iter(train_loader(config(raw)))), torch.device("cpu"))
+    assert cube.shape[1] == 28
+    assert next(iter(val_loader(config(raw)))).cube.shape[1] == 28
     root = tmp_path / "s"
     shutil.copytree(staged, root)
     index = json.loads((root / "index.json").read_text())

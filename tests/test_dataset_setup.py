@@ -231,6 +231,24 @@ def test_a_changed_raw_file_is_staged_again(raw, tmp_path):
     assert [x == y for x, y in zip(*sums, strict=True)] == [True, False, True]
 
 
+def test_a_stopped_staging_of_changed_files_leaves_no_index_of_the_old_ones(raw, tmp_path):
+    stage(raw, tmp_path / "staged")
+    with h5py.File(raw / "Train_Spec" / "b.mat", "r+") as file:
+        file["cube"][...] = np.nan
+    with pytest.raises(UserError, match="b.mat"):
+        stage(raw, tmp_path / "staged")
+    assert not (tmp_path / "staged" / "index.json").exists()
+
+
+def test_scenes_of_other_wavelengths_are_refused(raw, tmp_path):
+    with h5py.File(raw / "Train_Spec" / "b.mat", "r+") as file:
+        file["bands"][...] += 20
+    with pytest.raises(UserError, match="b.mat: 420..720 nm, not 400..700"):
+        stage(raw, tmp_path / "staged")
+    with pytest.raises(UserError, match="b.mat.*420..720 nm.*400..700"):
+        create_optimized_dataloaders(DataConfig(data_root=str(raw), patch_size=32))
+
+
 def test_a_damaged_staged_file_is_staged_again(raw, tmp_path):
     before = stage(raw, tmp_path / "staged") and files(tmp_path / "staged")
     with (tmp_path / "staged" / "train" / "b.rgb.npy").open("r+b") as file:

@@ -115,7 +115,7 @@ def test_ranks_together_give_the_numbers_of_one(tmp_path, scenes):
 def test_stress_report_covers_every_change_and_the_recipe_moves_the_least(tmp_path, scenes, monkeypatch):
     seen = []
     monkeypatch.setattr(inference, "predict_scene",
-                        lambda model, rgb, args: (seen.append(rgb), torch.zeros(31, 96, 80))[1])
+                        lambda model, rgb, args: (seen.append(rgb), (torch.zeros(31, 96, 80), None))[1])
     run("--checkpoint", write_checkpoint(tmp_path / "m.ckpt", rgb_norm="unit"), "--stress", "--data_root", scenes,
         "--output", tmp_path / "res")
     rows = json.loads((tmp_path / "res/stress.json").read_text())["rows"]
@@ -155,3 +155,18 @@ def test_mst_plus_plus_weights_need_its_checkout(tmp_path, scenes):
         run(*argv)
     run(*argv, "--mst-root", tmp_path / "MST")
     assert json.loads((tmp_path / "res/summary.json").read_text())["model"] == "mst++"
+
+
+def test_an_earlier_evaluation_is_kept_unless_told_otherwise(tmp_path, scenes):
+    checkpoint = write_checkpoint(tmp_path / "m.ckpt")
+    argv = ["--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--output", tmp_path / "res"]
+    run(*argv, "--split", "train")
+    before = (tmp_path / "res" / "summary.json").read_bytes()
+    with pytest.raises(common.UserError, match="res: holds an evaluation; give --overwrite"):
+        run(*argv)
+    assert (tmp_path / "res" / "summary.json").read_bytes() == before
+    run(*argv, "--overwrite", "--patch-size", 64)
+    names = sorted(path.name for path in (tmp_path / "res" / "metrics").iterdir())
+    assert names == ["v_metrics.json", "w_metrics.json", "x_metrics.json"]
+    summary = common.read_json(tmp_path / "res" / "summary.json")
+    assert summary["tile"] == 64 and len(summary["per_band"]["ssim_full"]) == 31

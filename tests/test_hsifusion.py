@@ -241,6 +241,35 @@ def test_global_and_sparse_attention_see_the_whole_frame():
         assert not torch.allclose(out[0, 0, 0], attention(moved)[0, 0, 0])
 
 
+def test_sparse_attention_keeps_the_best_keys_alone():
+    outputs, x = [], torch.randn(1, 12, 12, 48)
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        config = LightningProConfig(use_sliding_window=False, use_sparse_attention=sparse, use_rope=False)
+        attention = hsi.WindowAttention(config, 48, 16, 2)
+        torch.nn.init.eye_(attention.qkv.weight)
+        outputs.append(attention(x))
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+
+
+def test_cross_attention_keeps_its_query_path_and_sees_few_tokens(monkeypatch):
+    cross, x, skip, seen = hsi.CrossAttention(16, 2), torch.randn(1, 40, 30, 16), torch.randn(1, 40, 30, 16), []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.append(k.shape[2]) or attend(q, k, v))
+    out = cross(x, skip)
+    assert seen == [64] and not torch.allclose(out, x)
+    torch.nn.init.zeros_(cross.proj.weight)
+    torch.nn.init.zeros_(cross.proj.bias)
+    torch.testing.assert_close(cross(x, skip), x)
+
+
+def test_the_likelihood_trains_the_scale_alone():
+    model = small(estimate_uncertainty=True)
+    hsi.laplace_nll(*model(torch.rand(1, 3, 64, 64)), torch.rand(1, 31, 64, 64)).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {
+        "scale_head.weight", "scale_head.bias"}
+
+
 def test_spectral_attention_is_a_softmax_over_channels():
     torch.manual_seed(0)
     attention = hsi.SpectralAttention(12, 8, 2)

@@ -1,6 +1,7 @@
 """Images to cubes: files that others open, the training normalisation, any size and mode, one line for bad input."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pickle
@@ -251,8 +252,36 @@ def test_bare_state_dict_works_with_the_model_named(tmp_path, checkpoint):
     pixels = photo(tmp_path / "a.png")
     torch.save({f"module.{k}": v for k, v in standin_model.create(width=5).state_dict().items()}, tmp_path / "bare.pth")
     run("--checkpoint", tmp_path / "bare.pth", "--model", "hsifusion", "--model_size", "tiny", "--model-options",
-        json.dumps({"width": 5}), "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+        json.dumps({"width": 5}), "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--rgb_norm", "unit")
     assert np.load(tmp_path / "a.npy").shape == (31, *pixels.shape[:2])
+
+
+def test_the_normalisation_of_training_is_asked_for_and_not_contradicted(tmp_path, checkpoint):
+    photo(tmp_path / "a.png")
+    torch.save(standin_model.create().state_dict(), tmp_path / "bare.pth")
+    rest = ("--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    with pytest.raises(common.UserError, match="give --rgb_norm"):
+        run("--checkpoint", tmp_path / "bare.pth", "--model", "hsifusion", *rest)
+    with pytest.raises(common.UserError, match="was trained with --rgb_norm per_image"):
+        run("--checkpoint", checkpoint, "--rgb_norm", "unit", *rest)
+
+
+@pytest.mark.parametrize("kind", ["hsifusion", "sharp"])
+def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monkeypatch, kind):
+    monkeypatch.undo()  # no stand-in
+    module, factory = inference.FACTORIES[kind]
+    torch.manual_seed(0)
+    model = getattr(importlib.import_module(module), factory)("tiny").eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if name.startswith(("head", "coefficients", "direct")) else None
+    common.save_checkpoint(tmp_path / "m.ckpt", {
+        "model": kind, "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(), "ema": None,
+        "data": {"rgb_norm": "unit", "wavelengths": list(range(400, 701, 10))}})
+    pixels = photo(tmp_path / "a.png")
+    run("--checkpoint", tmp_path / "m.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    with torch.no_grad():
+        want = model(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), want, atol=1e-5)
 
 
 def test_averaged_weights_are_used_unless_declined(tmp_path):

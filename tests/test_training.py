@@ -130,6 +130,9 @@ def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tm
     with torch.no_grad():
         scene = next(iter(run.val_loader))
         before = common.mrae(parts(run)[0].eval()(scene.rgb), scene.cube)
+        weight, bias = common.fit_linear_spectral_path(*run.train_loader.spread(2**18))
+        linear = torch.einsum("oc,bchw->bohw", weight, scene.rgb) + bias[:, None, None]
+    assert before <= 1.1 * common.mrae(linear, scene.cube)
     run.train()
     assert run.best < before
 
@@ -201,6 +204,41 @@ def test_many_skipped_steps_apart_leave_the_scale_as_it_is(trainer, raw_arad, tm
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() == 1.0 and weight.item() == 1.0
+    scaler.set_growth_interval(1)  # 300,000 good steps have 150 of the usual ones
+    for _ in range(150):
+        weight.grad = scaler.scale(torch.tensor([1.0]))
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0
+    half = common.make_scaler(torch.device("cpu"), torch.float16)
+    common.restore(optimizer, half, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+    assert half.get_scale() == 2**16 and half.get_growth_factor() == 2  # another precision starts with its own
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path):
+    first = make_run(trainer, raw_arad, tmp_path)
+    stop_after(first, 3)
+    assert first.train() == common.STOPPED
+    state = checkpoint(tmp_path)
+    common.save_checkpoint(tmp_path / "run" / "last.ckpt", state | {"best": 0.0})
+    resume = ("--resume_from", "auto")
+    again = make_run(trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3)
+    rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
+    assert rates.keys() == {0.3, 0.0} and again.best == 0.0
+    expected = first.schedule.get_last_lr()[0] / 10
+    assert all(rate == pytest.approx(expected, rel=1e-6) for rate in rates.values())
+    assert again.schedule.base_lrs == [4e-5, 4e-5]
+    assert make_run(trainer, raw_arad, tmp_path, *resume, "--metric_floor", 0.01).best == math.inf
+    with pytest.raises(UserError, match="iteration 3 of an epoch that now has 2"):
+        make_run(trainer, raw_arad, tmp_path, *resume, "--iterations_per_epoch", 2)
+
+
+def test_the_uncertainty_head_is_trained(raw_arad, tmp_path):
+    run = make_run("hsifusion_training", raw_arad, tmp_path, "--estimate_uncertainty", "--iterations_per_epoch", 2, "--epochs", 1)
+    before = run.model.scale_head.weight.clone()
+    assert run.train() == 0
+    assert not torch.allclose(run.model.scale_head.weight, before, atol=1e-6)
 
 
 KILLED_RUNS = """
