@@ -398,7 +398,7 @@ class SHARPv32Config:
 # ---- layers; inside the model images are (B, H, W, C) --------------------------------------------------------------
 class ChannelRMSNorm(nn.Module):
     """Each pixel's channels over their root mean square, times a weight: (B, C, H, W), or channels elsewhere.
-    Nothing is cached for evaluation, so nothing goes stale: the fused norm takes no longer than writing its output."""
+    Nothing is cached for evaluation, so nothing goes stale: all that does not depend on x is the weight."""
     def __init__(self, dim: int, channel_dim: int = 1, eps: float = 1e-6):
         super().__init__()
         self.channel_dim, self.eps = channel_dim, eps

@@ -116,13 +116,13 @@ def measure_peak(bench: Bench, what: str) -> float:
 def table(rows: list[dict]) -> str:
     """Markdown; in brackets the ratio to MST++ of the same run."""
     rival = next((r for r in rows if r["model"] == RIVAL), None)
-    shown = ["parameters", "macs_256", *SIDES, "step", "peak 482x512", "peak 964x1024", "peak step"]
-    lines = ["| model | M param | GMAC 256 | 128 s | 256 s | 482x512 s | 964x1024 s | step s | peak 482x512 GB "
-             "| peak 964x1024 GB | peak step GB | GFLOP/s at 482x512 |", "|" + "---|" * 12]
-    scale = {"parameters": 1e6, "macs_256": 1e9, "peak 482x512": 1e9, "peak 964x1024": 1e9, "peak step": 1e9}
+    units = {"parameters": ("M param", 1e6), "macs_256": ("GMAC 256", 1e9), "gflops": ("GFLOP/s at 482x512", 1)} | {
+        what: (f"{what} s", 1) for what in REPEATS} | {f"peak {what}": (f"peak {what} GB", 1e9) for what in REPEATS}
+    shown = [key for key in rows[0] if key in units]
+    lines = ["| model | " + " | ".join(units[key][0] for key in shown) + " |", "|" + "---|" * (len(shown) + 1)]
     for row in rows:
-        cells = [f"{row[k] / scale.get(k, 1):.3g}" + (f" ({row[k] / rival[k]:.2f}x)" if rival else "") for k in shown]
-        lines.append(f"| {row['model']} {row['size']} | " + " | ".join(cells) + f" | {row['gflops']:.0f} |")
+        cells = [f"{row[k] / units[k][1]:.3g}" + (f" ({row[k] / rival[k]:.2f}x)" if rival else "") for k in shown]
+        lines.append(f"| {row['model']} {row['size']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -131,6 +131,7 @@ def main() -> int:
     parser.add_argument("--mst-root", type=Path, help="a checkout of MST++; without it MST++ is not measured")
     parser.add_argument("--models", nargs="+", default=["hsifusion", "sharp"], choices=["hsifusion", "sharp"])
     parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=["tiny", "small", "base", "large"])
+    parser.add_argument("--measure", nargs="+", default=list(REPEATS), choices=list(REPEATS), help="large models take minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=["bf16", "fp16"])
@@ -149,7 +150,7 @@ def main() -> int:
     chosen = [(RIVAL, "")] * bool(args.mst_root) + chosen
     rows = [{"model": name, "size": size} for name, size in chosen]
     benches = [Bench(build(name, size, args.mst_root), device, amp) for name, size in chosen]
-    for what, repeats in REPEATS.items():
+    for what, repeats in ((what, REPEATS[what]) for what in args.measure):
         times = [[] for _ in rows]
         for _ in range(repeats + 1):
             for taken, bench in zip(times, benches, strict=True):
@@ -159,8 +160,9 @@ def main() -> int:
     for row, bench in zip(rows, benches, strict=True):
         row["parameters"] = sum(p.numel() for p in bench.model.parameters())
         row["macs_256"] = macs_256(bench.model.cpu())
-        row["gflops"] = 2 * row["macs_256"] * 482 * 512 / 256**2 / row["482x512"] / 1e9
-        for what in ("482x512", "964x1024", "step"):
+        if "482x512" in row:
+            row["gflops"] = 2 * row["macs_256"] * 482 * 512 / 256**2 / row["482x512"] / 1e9
+        for what in (what for what in args.measure if what in ("482x512", "964x1024", "step")):
             row[f"peak {what}"] = peak_memory(row["model"], row["size"], what, args)
     rate = matmul_rate(device)
     print(table(rows))
