@@ -257,11 +257,10 @@ def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, data.Scene]
         except UserError:
             if not args.verify_only or scene == cubes[-1]:
                 raise
-    nm = data.read_wavelengths(scene.cube_path)
-    if nm is None and bands == 31 and not args.wavelengths:
-        args.wavelengths = (400.0, 700.0)
+    nm = np.linspace(*args.wavelengths, bands).tolist() if args.wavelengths else data.read_wavelengths(scene.cube_path)
+    if nm is None and bands == len(data.FIELD_BANDS):
+        nm = data.FIELD_BANDS
         print(f"{scene.cube_path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths", flush=True)
-    nm = np.linspace(*args.wavelengths, bands).tolist() if args.wavelengths else nm
     if nm is None or len(nm) != bands:
         raise UserError(f"{scene.cube_path}: {bands} bands of unknown wavelengths; give --wavelengths FIRST LAST in nm")
     if args.render_rgb:
@@ -286,9 +285,8 @@ def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np
         return None, rgb
     how = {"key": settings["cube_key"], "axes": settings["axes"], "bands": settings["bands"]}
     cube = data.read_cube(scene.cube_path, rgb_shape=None if rgb is None else rgb.shape, **how) / np.float32(settings["scale"])
-    nm, others = data.read_wavelengths(scene.cube_path), settings["wavelengths"]
-    if nm and (len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1):
-        raise UserError(f"{scene.cube_path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g}; stage it apart")
+    data.check_wavelengths(data.read_wavelengths(scene.cube_path) or settings["wavelengths"], settings["wavelengths"],
+                           scene.cube_path)
     if rgb is None:
         rng = np.random.default_rng([settings["seed"], *scene.name.encode()])
         response = common.camera_response(settings["camera"], settings["wavelengths"])

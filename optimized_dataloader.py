@@ -217,6 +217,13 @@ def _bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> lis
     return list(wavelengths)
 
 
+def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
+    """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn two sets of bands."""
+    if len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1:
+        raise UserError(f"{path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g} as the other scenes or by "
+                        "--wavelengths; use it apart")
+
+
 class Scene(NamedTuple):
     """One raw scene. The cube is None for a test image, the RGB is None where no image is there."""
     name: str
@@ -356,9 +363,7 @@ class RawScenes(_Scenes):
                 self.bands = self.bands or self.arrays(number)[0].shape[2]
             nm = _bands_known(read_wavelengths(path), self.bands, path)
             self.wavelengths = self.wavelengths or nm
-            if np.abs(np.subtract(nm, self.wavelengths)).max() > 1:
-                raise UserError(f"{path}: its bands are at {nm[0]:g}..{nm[-1]:g} nm, those of {self.names[0]} at "
-                                f"{self.wavelengths[0]:g}..{self.wavelengths[-1]:g} nm; use them apart")
+            check_wavelengths(nm, self.wavelengths, path)
 
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""

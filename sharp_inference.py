@@ -466,7 +466,7 @@ def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
     inputs = list(dict.fromkeys(inputs))
     targets, kind = output_paths(inputs, Path(args.output), args.format)
     pairs, failures = list(zip(inputs, targets, strict=True)), []
-    first = dict(reversed([(target, path) for path, target in pairs]))
+    first = dict(reversed(list(zip(targets, inputs, strict=True))))  # the first input that gives a target
     for path, target in pairs[ranks.rank :: ranks.world_size]:
         try:
             if not path.is_file():
@@ -524,9 +524,9 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
     """`forward` of a frame (1, 3, H, W) from the loader, and the tile that it took: None for the whole frame, which it is
     unless --patch_size or --memory_gb says otherwise, or memory runs out."""
     size = tuple(rgb.shape[-2:])
-    patch = args.patch_size or (plan_tile(model, size, args) if args.memory_gb else max(size))
     out, patch = predict(model, lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1], size, args,
-                         lambda channels: np.empty((channels, *size), np.float32), patch=patch)
+                         lambda channels: np.empty((channels, *size), np.float32),
+                         patch=args.patch_size or (0 if args.memory_gb else max(size)))
     return torch.from_numpy(out), None if patch >= max(size) else patch
 
 

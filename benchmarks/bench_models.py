@@ -29,6 +29,7 @@ from race import RIVAL, build  # noqa: E402
 import common_utils_v32 as common  # noqa: E402
 
 SIDES = {"128": (128, 128), "256": (256, 256), "482x512": (482, 512), "964x1024": (964, 1024)}
+PEAKS = ("482x512", "964x1024", "step")  # of which peak memory is measured
 REPEATS = {"128": 7, "256": 5, "482x512": 3, "964x1024": 1, "step": 7}
 
 
@@ -117,7 +118,7 @@ def table(rows: list[dict]) -> str:
     """Markdown; in brackets the ratio to MST++ of the same run."""
     rival = next((r for r in rows if r["model"] == RIVAL), None)
     units = {"parameters": ("M param", 1e6), "macs_256": ("GMAC 256", 1e9), "gflops": ("GFLOP/s at 482x512", 1)} | {
-        what: (f"{what} s", 1) for what in REPEATS} | {f"peak {what}": (f"peak {what} GB", 1e9) for what in REPEATS}
+        what: (f"{what} s", 1) for what in REPEATS} | {f"peak {what}": (f"peak {what} GB", 1e9) for what in PEAKS}
     shown = [key for key in rows[0] if key in units]
     lines = ["| model | " + " | ".join(units[key][0] for key in shown) + " |", "|" + "---|" * (len(shown) + 1)]
     for row in rows:
@@ -150,9 +151,9 @@ def main() -> int:
     chosen = [(RIVAL, "")] * bool(args.mst_root) + chosen
     rows = [{"model": name, "size": size} for name, size in chosen]
     benches = [Bench(build(name, size, args.mst_root), device, amp) for name, size in chosen]
-    for what, repeats in ((what, REPEATS[what]) for what in args.measure):
+    for what in args.measure:
         times = [[] for _ in rows]
-        for _ in range(repeats + 1):
+        for _ in range(REPEATS[what] + 1):
             for taken, bench in zip(times, benches, strict=True):
                 taken.append(bench.seconds(what))
         for row, taken in zip(rows, times, strict=True):
@@ -162,7 +163,7 @@ def main() -> int:
         row["macs_256"] = macs_256(bench.model.cpu())
         if "482x512" in row:
             row["gflops"] = 2 * row["macs_256"] * 482 * 512 / 256**2 / row["482x512"] / 1e9
-        for what in (what for what in args.measure if what in ("482x512", "964x1024", "step")):
+        for what in filter(PEAKS.__contains__, args.measure):
             row[f"peak {what}"] = peak_memory(row["model"], row["size"], what, args)
     rate = matmul_rate(device)
     print(table(rows))
