@@ -678,10 +678,10 @@ def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo:
 
 
 def pixels_in_strips(function: Callable[..., list[Tensor]], x: Tensor, colour: Tensor, features: Tensor, channels: int) -> list:
-    """function(x, colour, features) -> outputs of `channels`, which sees one row more to either side; x, colour and the
+    """function(x, colour, features) -> outputs of `channels`, which sees four rows more to either side; x, colour and the
     outputs have the pixels' rows, the features half as many."""
     parts = []
-    for read, keep in row_strips(features, 8 * channels, halo=1):
+    for read, keep in row_strips(features, 8 * channels, halo=2):
         pixels, keep = slice(2 * read.start, 2 * read.stop), slice(2 * keep.start, 2 * keep.stop)
         parts.append([y[:, keep] for y in function(x[:, pixels], colour[:, pixels], features[:, read])])
     return [y[0] if len(y) == 1 else torch.cat(y, dim=1) for y in zip(*parts, strict=True)]
@@ -763,6 +763,69 @@ def fit_linear_spectral_path(rgb: Tensor, cube: Tensor, floor: float = 0.01) -> 
     diagonal += 1e-9 * diagonal.mean(dim=1, keepdim=True)
     beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
     return beta[:, :-1].float(), beta[:, -1].float()
+
+
+class CameraConsistency(nn.Module):
+    """Moves a predicted cube towards the image that it was predicted from.
+
+    What the camera would have seen of the cube is compared with what it saw, averaged over 5 x 5 pixels against noise, and
+    the difference goes back into the bands as the likeliest smooth spectrum that explains it: the update of a linear
+    Gaussian model (Wiener filter), whose prior error is PRIOR of a pixel's brightness. Where an image is noisier than
+    that, or no linear camera explains it, little changes; nothing does before `fit`.
+
+    For evaluation: a network that is trained through it leans on it, and its own spectra get worse. `forward` gives the
+    correction alone."""
+
+    PRIOR, SIDE = 0.05, 5
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("whiten", torch.zeros(in_channels, in_channels))  # rotates and scales channels to variance 1
+        self.register_buffer("seen", torch.zeros(in_channels, out_channels))  # cube -> those channels
+        self.register_buffer("back", torch.zeros(out_channels, in_channels))
+        self.register_buffer("noise", torch.ones(2, in_channels))  # its variance over the prior's: constant, per brightness
+
+    @torch.no_grad()
+    def fit(self, rgb: Tensor, cube: Tensor) -> None:
+        """Estimate the camera's smooth response and its noise from rgb (B, in, h, w) and cube (B, out, h, w)."""
+        count, bands = self.seen.shape
+        x, y = (t.detach().movedim(1, -1).flatten(0, -2) for t in (rgb, cube))
+        step = math.ceil(len(x) / 2**17)
+        light = brightness(x[::step])
+        seen, y = x[::step].div(light).double(), y[::step].div(light).double()
+        smooth = torch.eye(bands, dtype=y.dtype, device=y.device).diff(n=min(2, bands - 1), dim=0)
+        gram = y.T @ y / len(y) + 0.01 * (bands / 31) ** 5 * smooth.T @ smooth  # differences shrink as bands get finer
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + 1e-12)
+        response = torch.linalg.solve(gram, y.T @ seen / len(y)).T
+
+        place = torch.arange(bands, dtype=y.dtype, device=y.device) * (31 / bands)
+        prior = torch.exp(-((place[:, None] - place) ** 2) / 8)  # errors of bands 20 nm apart are alike
+        variance, axes = torch.linalg.eigh(response @ prior @ response.T)
+        variance = variance.clamp_min(1e-6 * variance.max()) + 1e-12
+        whiten = axes.T / variance.sqrt()[:, None]
+
+        error = rgb - torch.einsum("kn,bnhw->bkhw", response.to(cube.dtype), cube)
+        light = brightness(rgb.movedim(1, -1)).flatten().double()
+        power = self.average(error).square().mean(dim=1).flatten().double()
+        terms = torch.stack([torch.ones_like(light), light], dim=1) / light[:, None]
+        normal = terms.T @ terms
+        normal.diagonal().add_(1e-9 * normal.trace())  # in images of one brightness the two can't be told apart
+        noise = torch.linalg.solve(normal, terms.T @ (power / light)).clamp_min(1e-9)
+        self.whiten.copy_(whiten)
+        self.seen.copy_(whiten @ response)
+        self.back.copy_(prior @ (whiten @ response).T)
+        self.noise.copy_(noise[:, None] / (self.PRIOR**2 * variance / variance.mean()))
+
+    def average(self, x: Tensor) -> Tensor:
+        """The mean over SIDE x SIDE pixels of (B, C, H, W)."""
+        return F.avg_pool2d(x, self.SIDE, 1, self.SIDE // 2, count_include_pad=False)
+
+    def forward(self, cube: Tensor, image: Tensor) -> Tensor:
+        """cube (B, H, W, out) and image (B, H, W, in) -> what to add to the cube, so that it explains the image better."""
+        light = brightness(image)
+        error = self.average((F.linear(image, self.whiten) - F.linear(cube, self.seen)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        constant, per_light = self.noise
+        return F.linear(error / (1 + (constant + per_light * light) / light**2), self.back)
 
 
 # --- colour and camera

@@ -8,7 +8,8 @@ A U-net works at half resolution and below, in blocks of sliding-window attentio
 MLP. Its features are brought up to full resolution, where they steer a small per-pixel network. That network corrects a
 linear map from RGB to the bands, which is fitted in closed form before training (`fit_spectral_path`): it multiplies
 each band by a gain, as pigments and filters do, and adds a term relative to the pixel's intensity. Both are relative, as
-the error is, so a dark pixel is as well conditioned as a bright one.
+the error is, so a dark pixel is as well conditioned as a bright one. In evaluation the cube is then moved towards one
+that the camera, whose response is fitted with the linear map, would have seen as this image (`CameraConsistency`).
 
 Features are (B, H, W, C) throughout: rows of tokens to a linear layer, a channels_last image to a convolution, and no
 copy between the two. Levels halve with a ceiling, so no size needs padding but the odd row that a 2 x 2 cell lacks.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common_utils_v32 import (
+    CameraConsistency,
     DropPath,
     SpectralAttention,
     brightness,
@@ -373,6 +375,7 @@ class HSIFusionNet(nn.Module):
                                    for _ in range(depth)))
 
         self.direct = nn.Linear(config.in_channels, config.out_channels)
+        self.consistency = CameraConsistency(config.in_channels, config.out_channels)
         self.stem = nn.Linear(4 * colours, widths[0])
         self.stem_mix = nn.Conv2d(widths[0], widths[0], 3, padding=1, groups=widths[0])
         self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
@@ -423,6 +426,8 @@ class HSIFusionNet(nn.Module):
             gain, term = F.linear(pixels, spectra @ self.head.weight, spectra @ self.head.bias).chunk(2, dim=-1)
             intensity = brightness(x)
             outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
+            if not self.training:  # and only once there is something to correct: the start is the linear path
+                outputs[0] = outputs[0] + self.consistency(outputs[0], x) * self.head.weight.any()
             if self.config.estimate_uncertainty:
                 outputs.append(intensity * F.softplus(self.scale_head(pixels.detach())) + 1e-4)
         return outputs
@@ -455,7 +460,8 @@ class HSIFusionNet(nn.Module):
     @torch.no_grad()
     def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:
         """Set the direct path to the linear map RGB -> bands with the least relative error on rgb (B, in, h, w) and cube
-        (B, out, h, w), both as in training; see fit_linear_spectral_path."""
+        (B, out, h, w), both as in training, and learn the camera from them; see fit_linear_spectral_path."""
+        self.consistency.fit(rgb, cube)
         weight, bias = fit_linear_spectral_path(rgb, cube)
         self.direct.weight.copy_(weight)
         self.direct.bias.copy_(bias)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from common_utils_v32 import (
+    CameraConsistency,
     DropPath,
     SpectralAttention,
     brightness,
@@ -513,7 +514,8 @@ class GatedCrossFusion(nn.Module):
 # ---- model ---------------------------------------------------------------------------------------------------------
 class SHARPv32(nn.Module):
     """cube = linear(rgb) * gain + intensity * term: a U-net at 1/2 to 1/8 of the resolution steers a small network on
-    the pixels, which mixes smooth spectra to log gain and term. Both are relative to the pixel, as the error is."""
+    the pixels, which mixes smooth spectra to log gain and term. Both are relative to the pixel, as the error is. In
+    evaluation the cube is moved towards one that the camera would have seen as this image (`CameraConsistency`)."""
     def __init__(self, config: SHARPv32Config):
         super().__init__()
         self.config, dims, levels = config, config.dims, len(config.depths)
@@ -527,6 +529,7 @@ class SHARPv32(nn.Module):
             return nn.ModuleList(Block(config, dims[level], heads, ratio, mode, next(rates)) for _ in range(depth))
 
         self.direct = nn.Linear(config.in_channels, config.out_channels)
+        self.consistency = CameraConsistency(config.in_channels, config.out_channels)
         self.stem = nn.Linear(4 * colours, dims[0])
         self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
         self.down = nn.ModuleList(nn.Linear(4 * a, b) for a, b in zip(dims, dims[1:], strict=False))
@@ -562,6 +565,8 @@ class SHARPv32(nn.Module):
             spectra = F.linear(pixels.float(), both @ self.coefficients.weight, both @ self.coefficients.bias)
             gain, term = spectra.chunk(2, dim=-1)
             cube = self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + brightness(x) * term
+            if not self.training:
+                cube = cube + self.consistency(cube, x)
             if self.config.non_negative:                # the gradient passes, or a pixel below 0 would stay there
                 cube = cube + (cube.clamp_min(0) - cube).detach()
         return [cube]
@@ -591,7 +596,9 @@ class SHARPv32(nn.Module):
 
     @torch.no_grad()
     def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:
-        """Set the direct path to the linear map of least relative error: rgb (B, in, h, w), cube (B, out, h, w)."""
+        """Set the direct path to the linear map of least relative error, and learn the camera: rgb (B, in, h, w), cube
+        (B, out, h, w)."""
+        self.consistency.fit(rgb, cube)
         weight, bias = fit_linear_spectral_path(rgb, cube)
         self.direct.weight.copy_(weight)
         self.direct.bias.copy_(bias)

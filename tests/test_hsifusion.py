@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import hsifusion_v252_complete as hsi
-from common_utils_v32 import STRIP_FLOATS, UserError, fit_linear_spectral_path, save_checkpoint
+from common_utils_v32 import STRIP_FLOATS, CameraConsistency, UserError, fit_linear_spectral_path, save_checkpoint
 from hsifusion_v252_complete import LightningProBlock, LightningProConfig, create_hsifusion_lightning_pro, from_pretrained
 
 SMALL = {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
@@ -166,9 +166,75 @@ def test_training_starts_at_the_linear_map_of_least_relative_error():
     np.testing.assert_allclose(model(as_image(rgb)).detach().numpy(), expected, atol=1e-4)
 
 
-def test_fit_survives_constant_and_black_images():
-    weight, bias = fit_linear_spectral_path(torch.zeros(1, 3, 8, 8), torch.zeros(1, 31, 8, 8))
+@pytest.mark.parametrize("channels, bands", [(3, 31), (8, 250), (3, 1)])
+def test_fit_survives_constant_and_black_images(channels, bands):
+    rgb, cube = torch.zeros(1, channels, 8, 8), torch.zeros(1, bands, 8, 8)
+    weight, bias = fit_linear_spectral_path(rgb, cube)
     assert weight.isfinite().all() and bias.isfinite().all()
+    camera = CameraConsistency(channels, bands)
+    for level in (0.0, 0.5):
+        camera.fit(rgb + level, cube + level)
+        assert camera(torch.rand(1, 8, 8, bands), torch.rand(1, 8, 8, channels)).isfinite().all()
+
+
+# --- consistency with the camera ------------------------------------------------------------------------------------
+
+
+def camera_and_scene(channels=3, bands=31, noise=0.0, size=64):
+    """A camera of smooth lobes (in, out), its image and the scene's cube (2, out, H, W): smooth in space and spectrum."""
+    g = torch.Generator().manual_seed(0)
+    place = torch.linspace(0, 1, bands)
+    peaks = torch.linspace(0.9, 0.1, channels)[:, None]
+    camera = torch.exp(-((place - peaks) ** 2) * 40)
+    camera = camera / camera.sum(dim=1).max()
+    maps = F.interpolate(torch.rand(2, 6, 8, 8, generator=g), size, mode="bicubic")
+    spectra = torch.exp(-((place - torch.linspace(0, 1, 6)[:, None]) ** 2) * 12)
+    cube = torch.einsum("nkhw,kb->nbhw", maps.clamp(0.05, 1), spectra)
+    rgb = torch.einsum("cb,nbhw->nchw", camera, cube)
+    return camera, rgb * (1 + noise * torch.randn(rgb.shape, generator=g)), cube
+
+
+def corrected(consistency, cube, rgb):
+    rows = [t.permute(0, 2, 3, 1) for t in (cube, rgb)]
+    return (rows[0] + consistency(*rows)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("channels, bands", [(3, 31), (2, 12), (4, 120)])
+def test_a_cube_moves_towards_what_the_camera_saw_and_towards_the_truth(channels, bands):
+    camera, rgb, cube = camera_and_scene(channels, bands)
+    consistency = CameraConsistency(channels, bands)
+    wrong = cube * torch.linspace(0.8, 1.1, bands)[:, None, None]
+    assert torch.equal(corrected(consistency, wrong, rgb), wrong)  # before the fit
+    consistency.fit(rgb, cube)
+    better = corrected(consistency, wrong, rgb)
+    seen = [(torch.einsum("cb,nbhw->nchw", camera, c) - rgb).abs().mean() for c in (wrong, better)]
+    assert seen[1] < 0.1 * seen[0]
+    assert (better - cube).abs().mean() < 0.8 * (wrong - cube).abs().mean()
+    assert (corrected(consistency, cube, rgb) - cube).abs().mean() < 0.01 * cube.mean()
+
+
+def test_the_noisier_the_image_the_less_a_cube_moves():
+    moved = []
+    for noise in (0.0, 0.1, 1.0):
+        _, rgb, cube = camera_and_scene(noise=noise)
+        consistency = CameraConsistency(3, 31)
+        consistency.fit(rgb, cube)
+        clean = camera_and_scene()[1]
+        moved.append((corrected(consistency, 0.9 * cube, clean) - 0.9 * cube).abs().mean())
+    assert moved[0] > 1.2 * moved[1] > 4 * moved[2]
+
+
+def test_training_and_the_start_know_no_consistency_and_evaluation_does():
+    camera, rgb, cube = camera_and_scene()
+    model = create_hsifusion_lightning_pro("tiny", **SMALL).eval()
+    model.fit_spectral_path(rgb, cube)
+    with torch.no_grad():
+        linear = model.direct(rgb.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(model(rgb), linear)
+        wake(model)
+        evaluated, trained = model(rgb), model.train()(rgb)
+    off = [F.avg_pool2d(torch.einsum("cb,nbhw->nchw", camera, c) - rgb, 8).abs().mean() for c in (trained, evaluated)]
+    assert off[1] < 0.5 * off[0]
 
 
 def test_dark_and_bright_pixels_get_corrections_of_the_same_relative_size():
@@ -286,6 +352,7 @@ def test_spectral_attention_is_a_softmax_over_channels():
 @pytest.mark.parametrize("features", [{}, {"estimate_uncertainty": True, "use_cross_attention": True}])
 def test_strips_change_nothing(monkeypatch, size, features):
     model, x = small(**features).eval(), torch.rand(2, 3, *size)
+    model.fit_spectral_path(*camera_and_scene()[1:])
     with torch.no_grad():
         whole = model(x)
         monkeypatch.setitem(STRIP_FLOATS, "cpu", 1)  # the thinnest that are cut
