@@ -776,7 +776,7 @@ class CameraConsistency(nn.Module):
     For evaluation: a network that is trained through it leans on it, and its own spectra get worse. `forward` gives the
     correction alone."""
 
-    PRIOR, SIDE = 0.05, 5
+    PRIOR, SIDE = 0.04, 5
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
