@@ -788,7 +788,7 @@ class CameraConsistency(nn.Module):
     @torch.no_grad()
     def fit(self, rgb: Tensor, cube: Tensor) -> None:
         """Estimate the camera's smooth response and its noise from rgb (B, in, h, w) and cube (B, out, h, w)."""
-        count, bands = self.seen.shape
+        bands = self.seen.shape[1]
         x, y = (t.detach().movedim(1, -1).flatten(0, -2) for t in (rgb, cube))
         step = math.ceil(len(x) / 2**17)
         light = brightness(x[::step])
