@@ -30,6 +30,7 @@ import common_utils_v32 as common
 from common_utils_v32 import Ranks, RunFolder, RunLog, UserError, opt
 from hsifusion_v252_complete import SIZES, LightningProConfig, create_hsifusion_lightning_pro, laplace_nll
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, create_optimized_dataloaders, prepare_batch
+from spectral_evaluation import bootstrap_interval, mean_metrics, scene_figure, scene_metrics
 
 MODEL = "hsifusion"
 PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")  # how far a run is
@@ -323,15 +324,15 @@ class Run:
             with torch.compiler.set_stance("force_eager") if self.settings["compile_model"] else nullcontext():
                 output = model(scene.rgb.to(self.device))
             pred, cube = output[0] if isinstance(output, tuple) else output, scene.cube.to(self.device)
-            scores.append((scene.name, common.scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)))
+            scores.append((scene.name, scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)))
             if figure is None and self.ranks.is_main:
                 parts = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
-                figure = common.scene_figure(*parts, self.data_facts["wavelengths"])
+                figure = scene_figure(*parts, self.data_facts["wavelengths"])
         if self.ranks.any(self.stop.requested, device=self.device)[0]:
             return False
         scores = [metrics for _, metrics in sorted(sum(self.ranks.gather(scores), []))]
-        interval = common.bootstrap_interval([metrics["mrae"] for metrics in scores])
-        self.metrics = common.mean_metrics(scores) | {
+        interval = bootstrap_interval([metrics["mrae"] for metrics in scores])
+        self.metrics = mean_metrics(scores) | {
             "mrae_interval_95": list(interval), "border": scores[0]["border"], "scenes": len(scores)}
         self.validated = self.epoch
         self.log.write("val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics)

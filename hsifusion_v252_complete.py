@@ -25,23 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common_utils_v32 import (
+from common_utils_v32 import build_from_checkpoint, opt
+from sparse_attention import sparse_attention_topk_streaming
+from spectral_layers import (
     CameraConsistency,
     DropPath,
     SpectralAttention,
     brightness,
-    build_from_checkpoint,
     colour_features,
     depth_to_space,
     fit_linear_spectral_path,
     in_strips,
-    opt,
     pixels_in_strips,
     row_strips,
     smooth_basis,
     space_to_depth,
 )
-from sharp_v322_hardened import sparse_attention_topk_streaming
 
 SIZES = {
     "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 4, 8)},

@@ -12,20 +12,17 @@ or a raw ARAD-1K folder as MST++ lays it out."""
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import json
 import math
 import mmap
 import os
-import re
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -36,192 +33,37 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, leave_process_group, normalise_rgb, opt
+from common_utils_v32 import UserError, cgroup_free, leave_process_group, opt
+from cube_files import (
+    CUBE_SUFFIXES,
+    RGB_SUFFIXES,
+    bands_known,
+    check_cube,
+    check_wavelengths,
+    cube_axes,
+    open_arrays,
+    pick_key,
+    read_cube,
+    read_rgb,
+    read_wavelengths,
+    reading,
+)
 
-CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
-WAVELENGTH_KEYS = ("bands", "wavelengths", "wavelength", "Wavelengths", "Wavelength", "lambda", "wl")
-RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr")
-FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
 IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
-UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
 PATCHES = ("patch_size", "stride", "patch_grid")  # settings that a grid of patches depends on
 Frame = tuple[np.ndarray, np.ndarray, tuple[int, int]]  # cube (H, W, bands), RGB (H, W, 3) uint8, min and max of RGB
 _data = functools.partial(opt, group="data")
 _free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)  # of _buffer, by shape and dtype
 
 
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a decoder raises becomes one UserError that names the file."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {what} is expected there")
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except ImportError as error:  # of an optional package
-        raise UserError(f"{path}: to read it, pip install {(error.name or str(error)).split('.')[0]}") from None
-    except Exception as error:  # every decoder has exceptions of its own; the cause stays chained
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as {what} ({reason}); replace the file") from error
-
-
-def cube_axes(shape: tuple[int, ...], path: Path, hdf5: bool, axes: str | None, bands: int | None,
-              rgb_shape: tuple[int, ...] | None) -> str:
-    """The three stored axes as numpy or h5py shows them, such as "cwh", told by the band count and the paired RGB's size.
-    MATLAB is column-major: H x W x bands of a v7.3 file comes out as (bands, W, H); elsewhere hwc and chw are usual."""
-    if len(shape) != 3:
-        raise UserError(f"{path}: the cube has shape {shape}; three axes are needed (another --cube-key?)")
-    if axes is not None and sorted(axes) != ["c", "h", "w"]:
-        raise UserError(f"--axes {axes}: give the letters h, w and c (bands) in the stored order, such as cwh")
-    def fits(layout: str) -> bool:
-        height, width, count = (shape[layout.index(letter)] for letter in "hwc")
-        if bands is None and rgb_shape is None and axes is None:
-            return count == 31 or 2 * count < min(height, width)
-        return bands in (None, count) and (rgb_shape is None or (height, width) == tuple(rgb_shape[:2]))
-    usual = (axes,) if axes else ("cwh",) if hdf5 else ("hwc", "chw")
-    found = list(filter(fits, usual)) or list(filter(fits, () if axes else ("hwc", "chw", "cwh", "whc")))
-    if len(found) == 1:
-        return found[0]
-    size = f" and {rgb_shape[0]} x {rgb_shape[1]} pixels as its RGB" if rgb_shape is not None else ""
-    problem = "fits in two ways" if found else f"does not have {bands or 'few'} bands{size}"
-    raise UserError(f"{path}: shape {shape}{f' as --axes {axes}' if axes else ''} {problem}; mend or leave it out, "
-                    "or give --axes, the stored order of h, w and c (bands), such as hwc, chw or cwh")
-
-
-def _pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
-    """The cube among the arrays of a file: the key given, else a usual name, else the only array with three axes."""
-    cubes = [name for name, array in arrays.items() if len(array.shape) == 3]
-    usual = [name for name in cubes if name.lower() in CUBE_KEYS]
-    for names in ([key] if key in arrays else [], usual, cubes):
-        if len(names) == 1 and key in (None, names[0]):
-            return names[0]
-    problem = f"no array {key} in it" if key else "which array is the cube?"
-    raise UserError(f"{path}: {problem} give --cube-key, one of: {', '.join(arrays) or 'none, there are no arrays'}")
-
-
-@contextmanager
-def _arrays(path: Path, only: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The numeric arrays of a `.mat` or `.npz` file by name (`only` these); in v7.3 they are read when indexed."""
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            yield {name: file[name] for name in file.files if only is None or name in only}
-    elif h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            found: dict[str, Any] = {}
-            file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-            yield {k: v for k, v in found.items() if v.dtype.kind in "iuf" and not k.startswith("#")}
-    else:
-        found = importlib.import_module("scipy.io").loadmat(path, variable_names=only and list(only))
-        yield {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "iuf"}
-
-
-def read_cube(path: str | Path, *, key: str | None = None, axes: str | None = None, bands: int | None = None,
-              rgb_shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """One cube as (H, W, bands) float32 in any memory order, values as stored (PNG bands: divided by full scale).
-    MATLAB v7.3 and v5 `.mat`, `.npy`, `.npz`, ENVI `.hdr`, or a CAVE folder of one PNG a band. `bands` and `rgb_shape`
-    (H, W, ...) are checked, and tell the axes apart. Values are not judged here: see check_cube."""
-    path = Path(path)
-    suffix, hdf5 = path.suffix.lower(), False
-    with _reading(path, "a hyperspectral cube"):
-        if path.is_dir():
-            stored, axes = _read_band_images(path), "hwc"
-        elif suffix == ".hdr":  # load() applies the reflectance scale factor
-            stored, axes = importlib.import_module("spectral.io.envi").open(str(path)).load(dtype=np.float32), "hwc"
-        elif suffix == ".npy":
-            stored = np.load(path, allow_pickle=False)
-        elif suffix in (".npz", ".mat"):
-            with _arrays(path) as arrays:
-                array = arrays[_pick_key(arrays, key, path)]
-                hdf5 = isinstance(array, h5py.Dataset)
-                axes = cube_axes(array.shape, path, hdf5, axes, bands, rgb_shape)  # complain before decoding
-                stored = array.astype(np.float32)[()]
-        else:
-            raise UserError(f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images")
-        if stored.dtype.kind not in "iuf":
-            raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
-    layout = cube_axes(stored.shape, path, hdf5, axes, bands, rgb_shape)
-    return np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
-
-
-def band_images(folder: Path) -> list[Path]:
-    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), in the order of their numbers."""
-    for place in (folder, folder / folder.name):
-        numbered = {int(number[1]): p for p in place.glob("*.png") if (number := re.search(r"(\d+)$", p.stem))}
-        if numbered:
-            if missing := set(range(1, max(numbered))) - set(numbered):
-                raise UserError(f"{place}: band image number {min(missing)} is missing; replace the folder")
-            return [numbered[number] for number in sorted(numbered)]
-    raise UserError(f"{folder}: no numbered band images (PNG) in it")
-
-
-def _read_band_images(folder: Path) -> np.ndarray:
-    """A CAVE scene: 16-bit PNGs over 65535; the 8-bit RGBA ones of one scene over 255 (their three channels agree)."""
-    planes: list[np.ndarray] = []
-    for path in band_images(folder):
-        with _reading(path, "a band image"), Image.open(path) as image:
-            plane = np.asarray(image)
-        full_scale = np.float32(255 if plane.dtype == np.uint8 else 65535)
-        if plane.ndim == 3:
-            if (plane[..., :3] != plane[..., :1]).any():
-                raise UserError(f"{path}: a colour picture, not one band; replace it")
-            plane = plane[..., 0]
-        planes.append(plane.astype(np.float32) / full_scale)
-    return np.stack(planes, axis=-1)
-
-
-def read_wavelengths(path: str | Path) -> list[float] | None:
-    """Band centres in nm where the file has them (ENVI header, `bands` or `wavelengths` arrays), else None."""
-    path, found = Path(path), None
-    with _reading(path, "a hyperspectral cube"):
-        if path.is_dir():
-            found = FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
-        elif path.suffix.lower() == ".hdr":
-            found = importlib.import_module("spectral.io.envi").open(str(path)).bands.centers
-        elif path.suffix.lower() in (".npz", ".mat"):
-            with _arrays(path, WAVELENGTH_KEYS) as arrays:
-                found = next((arrays[name][()] for name in WAVELENGTH_KEYS if name in arrays), None)
-    values = np.asarray([] if found is None else found, dtype=np.float64).ravel()
-    values = values * 1000 if values.size and values.max() < 20 else values  # some files are in micrometres
-    return values.tolist() if values.size > 1 and values.min() > 200 and np.isfinite(values).all() else None
-
-
-def read_rgb(path: str | Path) -> np.ndarray:
-    """An 8-bit image (JPEG, PNG, BMP) as (H, W, 3) uint8 RGB, pixels as stored."""
-    path = Path(path)
-    with _reading(path, "an RGB image"), Image.open(path) as image:
-        if image.mode not in ("RGB", "RGBA", "P", "L"):
-            raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
-        return np.asarray(image.convert("RGB"))
-
-
-def check_cube(cube: np.ndarray, path: str | Path, constant_bands: bool = True) -> None:
-    """UserError for values that spoil a training run: NaN, infinite, outside [0, 1], a band all of one value."""
-    low, high = float(cube.min()), float(cube.max())
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise UserError(f"{path}: {(~np.isfinite(cube)).sum()} values are NaN or infinite; mend or leave out this scene")
-    if low < -UNIT_TOLERANCE or high > 1 + UNIT_TOLERANCE:
-        raise UserError(f"{path}: values from {low:g} to {high:g}, outside [0, 1]; stage with dataset_setup.py --scale")
-    flat = [band for band in range(cube.shape[2]) if np.ptp(cube[..., band]) == 0] if constant_bands else []
-    if flat:
-        raise UserError(f"{path}: band {flat[0] + 1} of {cube.shape[2]} is constant; mend or leave out this scene")
-
-
-def _bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> list[float]:
-    """The band centres: those of the file, else the field's where the count is the field's."""
-    if wavelengths is None and bands == len(FIELD_BANDS):
-        return FIELD_BANDS
-    if wavelengths is None or len(wavelengths) != bands:
-        raise UserError(f"{path}: {len(wavelengths or [])} wavelengths of {bands} bands; store them, in nm, as `bands`")
-    return list(wavelengths)
-
-
-def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
-    """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn two sets of bands."""
-    if len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1:
-        raise UserError(f"{path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g} as the other scenes or by "
-                        "--wavelengths; use it apart")
+def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor = 0.0, high: float | Tensor = 255.0) -> Tensor:
+    """uint8-valued RGB -> float32: `unit` divides by 255, `per_image` maps the whole image's [low, high] to [0, 1]."""
+    rgb = rgb.float()
+    if rgb_norm == "unit":
+        return rgb / 255.0
+    if rgb_norm != "per_image":
+        raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
+    return (rgb - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
 
 
 class Scene(NamedTuple):
@@ -233,7 +75,7 @@ class Scene(NamedTuple):
 
 def read_split_list(path: Path) -> list[str]:
     """Scene names of a list file, one a line, with or without a last newline, in any line ending."""
-    with _reading(path, "a list of scenes"):
+    with reading(path, "a list of scenes"):
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     names = [line.rsplit(".", 1)[0] if line.lower().endswith(CUBE_SUFFIXES + RGB_SUFFIXES) else line for line in lines]
     if len(set(names)) < len(names):
@@ -277,7 +119,7 @@ def patch_grid(height: int, width: int, patch: int, stride: int, mode: str = "fl
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A staged `.npy` as a memory map, which goes away with the array: opening one takes 20 us, so none is kept."""
-    with _reading(path, "a staged array"):
+    with reading(path, "a staged array"):
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = math.prod(shape)
@@ -316,12 +158,12 @@ class StagedScenes(_Scenes):
     """A split of a staged folder."""
     def __init__(self, root: Path, split: str):
         self.root, path = root, root / "index.json"
-        with _reading(path, "the index of a staged folder"):
+        with reading(path, "the index of a staged folder"):
             index = json.loads(path.read_text())
             if (index.get("format"), index.get("version")) != ("hsi-staged", 1):
                 raise UserError(f"{path}: not the index of a staged folder of version 1; run dataset_setup.py again")
             self.entries, self.bands, self.settings = index["splits"].get(split, []), index["bands"], index.get("settings", {})
-            self.wavelengths = _bands_known(index["wavelengths"], self.bands, path)
+            self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
             for entry in self.entries:
                 if "cube" not in entry:
                     raise UserError(f"{root}: split {split} has no cubes; choose train or val")
@@ -351,17 +193,17 @@ class RawScenes(_Scenes):
                 raise UserError(f"{root}: split {split} has no cubes; choose train or val")
             if rgb_path is None:
                 raise UserError(f"{root / 'Train_RGB' / name}.jpg: no such image; add it, or stage with --render-rgb")
-            with _reading(rgb_path, "an RGB image"), Image.open(rgb_path) as image:
+            with reading(rgb_path, "an RGB image"), Image.open(rgb_path) as image:
                 self.shapes.append((image.height, image.width))
-            with _reading(path, "a hyperspectral cube"):
+            with reading(path, "a hyperspectral cube"):
                 self.layouts.append(None)
                 if h5py.is_hdf5(path):
-                    with _arrays(path) as arrays:
-                        key = _pick_key(arrays, self.key, path)
+                    with open_arrays(path) as arrays:
+                        key = pick_key(arrays, self.key, path)
                         axes = cube_axes(arrays[key].shape, path, True, self.axes, self.bands or None, self.shapes[-1])
                         self.layouts[-1], self.bands = (key, axes), arrays[key].shape[axes.index("c")]
                 self.bands = self.bands or self.arrays(number)[0].shape[2]
-            nm = _bands_known(read_wavelengths(path), self.bands, path)
+            nm = bands_known(read_wavelengths(path), self.bands, path)
             self.wavelengths = self.wavelengths or nm
             check_wavelengths(nm, self.wavelengths, path)
 
@@ -385,33 +227,13 @@ class RawScenes(_Scenes):
             return super().copy_patch(scene, top, left, cube, rgb)
         path, (key, axes) = self.scenes[scene].cube_path, self.layouts[scene]
         cuts = {"h": slice(top, top + cube.shape[0]), "w": slice(left, left + cube.shape[1]), "c": slice(None)}
-        with _reading(path, "a hyperspectral cube"), h5py.File(path, "r") as file:
+        with reading(path, "a hyperspectral cube"), h5py.File(path, "r") as file:
             patch = file[key].astype(np.float32)[tuple(cuts[letter] for letter in axes)]
         cube[...] = patch.transpose([axes.index(letter) for letter in "hwc"])
         check_cube(cube, path, constant_bands=False)
         image, rgb_range = self.image(scene)
         rgb[...] = image[cuts["h"], cuts["w"]]
         return rgb_range
-
-
-def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes left under the tightest memory limit on this process, cgroup v1 or v2 (inf: none). File cache counts as free."""
-    free = math.inf
-    for line in membership.read_text().splitlines() if membership.exists() else ():
-        controllers, place = line.split(":", 2)[1:]
-        v1 = "memory" in controllers.split(",")
-        if controllers and not v1:
-            continue
-        limit, usage, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if v1
-                               else ("memory.max", "memory.current", "inactive_file"))
-        top = root / "memory" if v1 else root
-        inner = top / place.lstrip("/")
-        for folder in (inner, *inner.parents):  # a container may see only the top one
-            if folder.is_relative_to(top) and (folder / limit).exists():
-                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                most = float((folder / limit).read_text().replace("max", "inf"))
-                free = min(free, most - int((folder / usage).read_text()) + int(stat.get(cache, 0)))
-    return free
 
 
 @dataclass

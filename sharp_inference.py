@@ -16,7 +16,6 @@ import glob
 import importlib
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -26,17 +25,16 @@ import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import h5py
 import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,23 +44,23 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 import optimized_dataloader as data
-from common_utils_v32 import UserError, opt
+from camera_colour import camera_response, render_rgb
+from common_utils_v32 import UserError, cgroup_free, opt
+from cube_files import MAPPED_BYTES, WRITTEN, allocate_array, extra, read_photo, release, write_cube
+from optimized_dataloader import normalise_rgb
+from spectral_evaluation import laplace_calibration, mean_metrics, report, scene_bands, scene_metrics, summarise, write_preview
 
 FACTORIES = {"hsifusion": ("hsifusion_v252_complete", "create_hsifusion_lightning_pro"),
              "sharp": ("sharp_v322_hardened", "create_sharp_v32")}
-WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
 MIN_SIDE = 64  # px, the models' least input; smaller images are mirrored at their edges, and the output is cut back
 MAX_TILE = 1024  # px
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above this and refuses twice this
-MAPPED_BYTES = 256 << 20  # arrays above this are mapped to files, and pages let go after as much was written
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 UNREADABLE = (UserError, OSError, ValueError, SyntaxError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
-COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal intervals of the calibration
 STRESS = {"recipe": {}} | {f"{key} {value}": {key: value} for key, values in {  # changes from the field's recipe
     "exposure": (0.25, 0.5, 2.0, 4.0), "electrons": (5000, 200, 50), "jpeg_quality": (95, 30, 10),
     "camera": ("analytic2",)}.items() for value in values}
-
 files, computing, scoring = (partial(opt, group=group) for group in ("files", "computing", "scoring"))
 
 
@@ -235,13 +233,6 @@ def blend_tiles(run: Callable, source: Callable, size: tuple[int, int], patch: i
     return out
 
 
-def release(array: np.ndarray) -> int:
-    """Let go of a mapped array's pages: they stay in its file and the system's cache, no longer in this process."""
-    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)
-    return 0
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors alive at once: a forward's peak memory on any device, without kernels' scratch."""
     def __init__(self) -> None:
@@ -258,7 +249,7 @@ class LiveBytes(TorchDispatchMode):
 def plan_tile(model: Loaded, size: tuple[int, int], args: Settings) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a tile that does."""
     cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else min(psutil.virtual_memory().available, data.cgroup_free())
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else min(psutil.virtual_memory().available, cgroup_free())
     budget = (args.memory_gb or free / 2**30 / 2) * 2**30
     per_pixel = 1.3 * model.pixel_bytes + 8 * model.bands  # 1.3 for the kernels' own scratch; 8: a cube and a copy
     if size[0] * size[1] * per_pixel <= budget:
@@ -286,135 +277,14 @@ def predict(model: Loaded, source: Callable, size: tuple[int, int], args: Settin
         tqdm.write(f"out of memory with a tile of {tried} px: going on with {patch} px", file=sys.stderr)
 
 
-def read_photo(path: Path, work: Path) -> tuple[np.ndarray, list[str]]:
-    """An image file or .npy as (H, W, 3) uint8 RGB, big ones mapped to a file in `work`, and what was changed."""
-    if path.suffix == ".npy":
-        rgb = np.load(path, mmap_mode="r", allow_pickle=False)
-        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-            raise UserError(f"expected (H, W, 3) uint8, found {rgb.shape} {rgb.dtype}")
-        return rgb, []
-    with Image.open(path) as image:
-        wide, turned = image.mode[0] == "I", image.getexif().get(0x0112, 1) != 1  # 0x0112: orientation
-        remarks = [remark for remark, so in {
-            "16 bit reduced to 8": wide or ";16" in str(image.tile),  # of 16-bit RGB, Pillow gives the high bytes
-            "turned as its EXIF says": turned,
-            "alpha dropped": "A" in image.mode or "transparency" in image.info,
-            "grey repeated into R, G and B": image.mode[0] in "I1L",
-        }.items() if so]
-        if image.mode == "F":
-            raise UserError("floating-point pixels; save it with 8 bits a channel")
-        image = ImageOps.exif_transpose(image) if turned else image
-        rgb = allocate_array((image.height, image.width, 3), np.uint8, work)
-        for y in range(0, image.height, 1024):
-            strip = image.crop((0, y, image.width, min(y + 1024, image.height)))
-            pixels = np.asarray(strip if wide else strip.convert("RGB"))
-            rgb[y : y + 1024] = (pixels / 257).round().clip(0, 255)[..., None] if wide else pixels
-            release(rgb)
-    return rgb, remarks
-
-
-def allocate_array(shape: tuple[int, ...], dtype: type, work: Path) -> np.ndarray:
-    """An empty array: in memory when it is small, else mapped to a file in `work`."""
-    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(work).free
-    if size <= MAPPED_BYTES:
-        return np.empty(shape, dtype)
-    if size > free:
-        raise UserError(f"{work.parent}: needs {size / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are free")
-    return np.lib.format.open_memmap(work / f"{np.dtype(dtype)}.npy", mode="w+", dtype=dtype, shape=shape)
-
-
 def photo_source(rgb: np.ndarray, rgb_norm: str) -> tuple[Callable, int, int]:
     """A reader of tiles in the training normalisation, and its range: the whole image's, never a tile's."""
     low, high = int(rgb.min()), int(rgb.max())
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
         tile = torch.from_numpy(np.array(rgb[y0:y1, x0:x1])).permute(2, 0, 1)
         release(rgb)
-        return common.normalise_rgb(tile, rgb_norm, low, high)
+        return normalise_rgb(tile, rgb_norm, low, high)
     return source, low, high
-
-
-def extra(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"this needs the package {error.name}: pip install -r requirements-extra.txt") from None
-
-
-def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
-    """(band, rows) pieces that cover a cube; the pages of a mapped one are let go on the way."""
-    for band, block in np.ndindex(len(cube), math.ceil(cube.shape[1] / rows)):
-        yield band, slice(block * rows, (block + 1) * rows)
-        release(cube)
-
-
-def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
-    """Write (bands, H, W) float32, in memory or mapped; the final name appears only when the file is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cube-", dir=path.parent) as work:
-        file = Path(work) / path.name
-        if kind == "npy" and isinstance(cube, np.memmap):
-            os.replace(cube.filename, file)
-        elif kind == "npy":
-            np.save(file, cube)
-        elif kind == "npz":
-            np.savez(file, cube=cube, wavelengths=np.float32(wavelengths))
-        elif kind == "mat":  # v7.3: HDF5 after 512 bytes; MATLAB is column-major: its H x W x bands is (bands, W, H) here
-            with h5py.File(file, "w", userblock_size=512) as mat:
-                target = mat.create_dataset("cube", (len(cube), *cube.shape[:0:-1]), np.float32)
-                for band, rows in blocks(cube):
-                    target[band, :, rows] = cube[band, rows].T
-                mat["bands"] = np.float64(wavelengths)[:, None]
-                target.attrs["MATLAB_class"], mat["bands"].attrs["MATLAB_class"] = np.bytes_("single"), np.bytes_("double")
-            with open(file, "r+b") as header:
-                header.write(common.MAT_HEADER)
-        else:
-            about = {"wavelength": [f"{w:g}" for w in wavelengths], "wavelength units": "Nanometers"}
-            image = extra("spectral.io.envi").create_image(
-                str(file), about, ext=".img", shape=(*cube.shape[1:], len(cube)), dtype=np.float32, interleave="bsq")
-            target = image.open_memmap(interleave="source", writable=True)  # (bands, H, W)
-            for band, rows in blocks(cube):
-                target[band, rows] = cube[band, rows]
-                release(target)
-        for file in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
-            os.replace(file, path.parent / file.name)
-
-
-@contextmanager
-def figure(path: str | Path, columns: int, width: float, height: float) -> Iterator[np.ndarray]:
-    """Axes in a row to draw on; written as PNG in the end."""
-    from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the whole process
-    sheet = Figure(figsize=(width, height), layout="constrained")
-    yield sheet.subplots(1, columns, squeeze=False)[0]
-    common.atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
-
-
-def save_text(path: Path, text: str) -> None:
-    common.atomic_write(path, lambda file: file.write(text.encode()))
-
-
-def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]) -> None:
-    """_preview.png (sRGB by the CIE 1964 observer), _bands.png (a montage), _spectra.png at points (x, y)."""
-    (bands, height, width), columns = cube.shape, math.ceil(math.sqrt(len(cube)))
-    step, rows = math.ceil(max(height, width) / 2048), math.ceil(bands / columns)
-    small = np.stack([cube[band, ::step, ::step].copy() for band, _ in blocks(cube, height)])
-    picture = common.cube_to_srgb(small.transpose(1, 2, 0), wavelengths)
-    common.atomic_write(f"{stem}_preview.png", lambda file: Image.fromarray(picture).save(file, "png"))
-    small = np.pad(small[:, ::2, ::2], [(0, rows * columns - bands), (0, 0), (0, 0)])
-    h, w = small.shape[1:]
-    sheet = small.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
-    with figure(f"{stem}_bands.png", 1, 12, min(40, 12 * rows * h / (columns * w))) as (axis,):
-        axis.imshow(sheet, cmap="gray", vmin=0, vmax=float(np.percentile(small[:bands], 99.5)))
-        axis.set(xticks=[], yticks=[])
-        for i, wavelength in enumerate(wavelengths):
-            axis.text(i % columns * w, i // columns * h, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
-    with figure(f"{stem}_spectra.png", 2, 10, 4) as (left, right):
-        left.imshow(picture)
-        left.set(xticks=[], yticks=[])
-        for x, y in points or [(width * c // 6, height * r // 4) for r in (1, 3) for c in (1, 3, 5)]:
-            (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
-            left.plot(x / step, y / step, "o", color=line.get_color(), markeredgecolor="white")
-        right.set(xlabel="wavelength, nm")
-        right.legend(fontsize=8)
 
 
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
@@ -508,16 +378,17 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
             mine.append(score(model, scene, args, folder))
             for change, settings in STRESS.items() if args.stress else ():
                 cube = predict_scene(model, render(model, scene, **settings), args)[0][: model.bands]
-                mine[-1]["stress"][change] = common.scene_metrics(cube, scene.cube[0], floor=args.metric_floor)
+                mine[-1]["stress"][change] = scene_metrics(cube, scene.cube[0], floor=args.metric_floor)
         records = sorted(sum(ranks.gather(mine), []), key=lambda record: record["scene_id"])
         if ranks.is_main:
             stressed = [record.pop("stress") for record in records]
-            summaries.append(summarise(model, records, peak, loader.scenes.dtype, args, folder))
+            facts = describe(model, args) | {"target_dtype": loader.scenes.dtype, "peak_memory_mb": peak / 2**20}
+            summaries.append(summarise(records, facts, folder))
             for change in stressed[0]:
-                mean = common.mean_metrics([scene[change] for scene in stressed])
+                mean = mean_metrics([scene[change] for scene in stressed])
                 stress.append({"model": model.name, "change": change, **{k: mean[k] for k in ("mrae", "rmse", "sam")}})
     if ranks.is_main:
-        report(summaries, stress, args, output)
+        report(summaries, stress, output)
 
 
 def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, int | None]:
@@ -533,9 +404,9 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
 def render(model: Loaded, scene, exposure: float = 1.0, camera: str = "analytic", **settings) -> Tensor:
     """The scene's RGB (1, 3, H, W), made again from its cube; `exposure` is relative to the given one."""
     cube = scene.cube[0].permute(1, 2, 0).contiguous().numpy()
-    response = common.camera_response(camera, model.wavelengths)
+    response = camera_response(camera, model.wavelengths)
     mean = float(scene.rgb.mean()) if model.rgb_norm == "unit" else 0.18  # min-max leaves no trace of the exposure
-    rgb, _ = common.render_rgb(cube, response, rng=np.random.default_rng(zlib.crc32(scene.name.encode())),
+    rgb, _ = render_rgb(cube, response, rng=np.random.default_rng(zlib.crc32(scene.name.encode())),
                                exposure=exposure * mean / float((cube @ response).mean()), **settings)
     return photo_source(rgb, model.rgb_norm)[0](0, rgb.shape[0], 0, rgb.shape[1])[None]
 
@@ -546,97 +417,29 @@ def score(model: Loaded, scene, args: Settings, folder: Path) -> dict:
     out, tile = predict_scene(model, scene.rgb, args)
     seconds, cube, reliability = time.perf_counter() - start, out[: model.bands], []
     record = {"scene_id": name, "rgb_norm": model.rgb_norm,
-              **common.scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
-    if len(out) > model.bands:  # Laplace likelihood: P(|error| <= t) = 1 - exp(-t / scale)
-        error, scale = (cube - target).abs(), out[model.bands :]
-        ratio, tenths = error / scale, scale.flatten().argsort().tensor_split(10)  # from the surest tenth to the least sure
-        reliability = [[float(x.flatten()[part].mean()) for part in tenths] for x in (scale, error)]
-        record |= {f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES}
+              **scene_metrics(cube, target, floor=args.metric_floor, with_ssim=True)}
+    if len(out) > model.bands:
+        coverage, reliability = laplace_calibration(cube, target, out[model.bands :])
+        record |= coverage
     common.write_json(folder / "metrics" / f"{name}_metrics.json", record)
     written = [("hsi", "npy", cube, name), ("hsi", "npy", target, f"{name}_target"), ("cubes", "mat", cube, name)]
     for place, kind, array, stem in written if args.format == "mat" else written[:2]:
         write_cube(folder / place / (stem + WRITTEN[kind]), array.clamp(0, 1).contiguous().numpy(), model.wavelengths, kind)
-    bands = common.per_band_metrics(common.centre_crop(cube), common.centre_crop(target), args.metric_floor)
-    bands |= {f"{key}_full": values for key, values in common.per_band_metrics(cube, target, args.metric_floor).items()}
+    bands = scene_bands(cube, target, args.metric_floor)
     stress = {"as given": record} if args.stress else {}
     return record | {"bands": bands, "seconds": seconds, "tile": tile, "reliability": reliability, "stress": stress}
 
 
-def summarise(model: Loaded, records: list[dict], peak: int, dtype: str, args: Settings, folder: Path) -> dict:
-    """metrics.csv, summary.json (means over scenes with bootstrap intervals, per band, costs) and the figures."""
-    bands, seconds, tiles, reliability = ([record.pop(key) for record in records]
-                                          for key in ("bands", "seconds", "tile", "reliability"))
-    mean = {key: value for key, value in common.mean_metrics(records).items() if key != "metric_floor"}
-    ordered = [record["scene_id"] for record in sorted(records, key=lambda record: record["mrae"])]
+def describe(model: Loaded, args: Settings) -> dict:
+    """What a summary says of the model and of how it was scored."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a CPU's fast kernel counts as 0
         forward(model, torch.rand(1, 3, 256, 256), replace(args, ensemble=False))
-    summary = {
+    return {
         "name": model.name, "checkpoint": model.path, "model": model.kind, "weights": model.weights, "amp": args.amp,
-        "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "tile": min(filter(None, tiles), default=None),  # None: none
-        "device": str(model.device),
-        "data_root": args.data_root, "split": args.split, "target_dtype": dtype, "scenes": len(records),
-        "border": records[0]["border"], "metric_floor": args.metric_floor, "wavelengths": model.wavelengths, "mean": mean,
-        "interval_95": {key: common.bootstrap_interval([record[key] for record in records]) for key in mean},
-        "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
-        "parameters": sum(p.numel() for p in model.module.parameters()), "macs_256": counter.get_total_flops() // 2,
-        "seconds_per_frame": float(np.median(seconds)), "peak_memory_mb": peak / 2**20, "best": ordered[0], "worst": ordered[-1],
-    }
-    if reliability[0]:
-        summary["calibration"] = dict(zip(("scale", "mean_absolute_error"), np.mean(reliability, 0).tolist(), strict=True))
-    cells = [records[0], *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records)]
-    save_text(folder / "metrics.csv", "".join(",".join(row) + "\n" for row in cells))
-    common.write_json(folder / "summary.json", summary)
-    for rank in ("best", "worst"):
-        cube, target = (torch.from_numpy(np.load(folder / "hsi" / f"{summary[rank]}{end}.npy")) for end in ("", "_target"))
-        seen = torch.from_numpy(common.cube_to_srgb(target.movedim(0, -1).numpy(), model.wavelengths)).movedim(-1, 0) / 255
-        sheet = common.scene_figure(seen, cube, target, model.wavelengths, f"{summary[rank]}, measured")
-        common.atomic_write(folder / "figures" / f"{rank}.png", partial(sheet.savefig, format="png", dpi=110))
-    inside = {p: 100 * mean[f"coverage_{p}"] for p in COVERAGES if f"coverage_{p}" in mean}
-    with figure(folder / "figures" / "curves.png", 5, 20, 3.6) as axes:
-        for axis, (key, values) in zip(axes[:3], summary["per_band"].items(), strict=False):
-            axis.plot(model.wavelengths, values, marker=".")
-            axis.set(xlabel="wavelength, nm", title=f"{key.upper()} per band")
-        axes[3].plot([0, 100], [0, 100], "k:", list(inside), list(inside.values()), "o-")
-        axes[3].set(xlabel="nominal interval, %", title="values inside, %" if inside else "no calibration: no scale")
-        if "calibration" in summary:
-            scale, error = summary["calibration"].values()
-            axes[4].loglog(scale, scale, "k:", scale, error, "o-")
-            axes[4].set(xlabel="predicted scale, tenths of the values", title="mean absolute error")
-    return summary
-
-
-def report(summaries: list[dict], stress: list[dict], args: Settings, output: Path) -> None:
-    """table.md, for several models summary.json, and stress.* where asked for."""
-    def table(rows: list[dict]) -> str:
-        lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-        cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in line] for line in lines)
-        return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-    rows, first = [], summaries[0]
-    for s in summaries:
-        rows.append({"model": f"{s['name']} ({s['weights']} weights, rgb {s['rgb_norm']}{', 8 views' * s['ensemble']})"} | {
-            key: "{:.4f} [{:.4f}, {:.4f}]".format(s["mean"][key], *s["interval_95"][key])
-            for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")} | {
-            "params M": f"{s['parameters'] / 1e6:.2f}", "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",
-            "s/frame": f"{s['seconds_per_frame']:.3f}", "peak MB": f"{s['peak_memory_mb']:.0f}"})
-    header = (f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
-            f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}")
-    text = f"{header}\n\n{table(rows)}"
-    save_text(output / "table.md", text)
-    print(text)
-    if len(summaries) > 1:
-        common.write_json(output / "summary.json", {"models": summaries})
-    if stress:
-        save_text(output / "stress.md", f"{header}, rgb_norm {', '.join(dict.fromkeys(s['rgb_norm'] for s in summaries))}\n\n"
-                  f"{table(stress)}")
-        common.write_json(output / "stress.json", {"metric_floor": args.metric_floor, "rows": stress})
-        print(table(stress))
-        with figure(output / "figures" / "stress.png", 2, 12, 4.5) as axes:
-            for axis, key in zip(axes, ("mrae", "sam"), strict=True):
-                for s in summaries:
-                    mine = {row["change"]: row[key] for row in stress if row["model"] == s["name"]}
-                    axis.plot(list(mine.values()), list(mine), "o-", label=s["name"])
-                axis.set(xlabel=key.upper())
-                axis.legend()
+        "rgb_norm": model.rgb_norm, "ensemble": args.ensemble, "device": str(model.device),
+        "data_root": args.data_root, "split": args.split, "metric_floor": args.metric_floor,
+        "wavelengths": model.wavelengths, "parameters": sum(p.numel() for p in model.module.parameters()),
+        "macs_256": counter.get_total_flops() // 2}
 
 
 def export(model: Loaded, args: Settings) -> None:
@@ -663,7 +466,7 @@ def export(model: Loaded, args: Settings) -> None:
         "parameters": sum(p.numel() for p in module.parameters()), "model_config": model.config, "data": model.data,
         "onnx_input": [1, 3, side, side], "onnx_difference": error}
     common.write_json(folder / "config.json", facts)
-    save_text(folder / "README.md", f"# {model.name}: RGB to {model.bands} spectral bands\n\n" + "".join(
+    common.write_text(folder / "README.md", f"# {model.name}: RGB to {model.bands} spectral bands\n\n" + "".join(
         f"- {key}: {value}\n" for key, value in facts.items()) + "\nThree channels do not determine a spectrum: "
         "trust this for cameras, light and scenes like those of its training data.\n\n"
         "    python sharp_inference.py --checkpoint model.safetensors --input photo.jpg --output photo.npy\n")

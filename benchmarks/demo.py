@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
 from optimized_dataloader import DataConfig, val_loader  # noqa: E402
+from spectral_evaluation import mean_metrics, scene_metrics  # noqa: E402
+from spectral_layers import fit_linear_spectral_path  # noqa: E402
 
 SCENES, SIDE, SEED = 24, 256, 0
 EPOCHS, ITERATIONS = 5, 400
@@ -52,10 +54,10 @@ def score_linear(staged: Path, relative: bool) -> dict:
     to max(target, 0.01)."""
     train = frames(staged, "train")
     rgb, cube = (torch.cat([scene[i].flatten(1) for scene in train], dim=1)[None, :, :, None] for i in (1, 2))
-    weight, bias = common.fit_linear_spectral_path(rgb, cube, floor=0.01 if relative else 2.0)  # 2.0: all weights equal
-    scores = [common.scene_metrics(torch.einsum("oc,chw->ohw", weight, rgb) + bias[:, None, None], cube, floor=FLOOR)
+    weight, bias = fit_linear_spectral_path(rgb, cube, floor=0.01 if relative else 2.0)  # 2.0: all weights equal
+    scores = [scene_metrics(torch.einsum("oc,chw->ohw", weight, rgb) + bias[:, None, None], cube, floor=FLOOR)
               for _, rgb, cube in frames(staged, "val")]
-    return common.mean_metrics(scores)
+    return mean_metrics(scores)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
+from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
 RIVAL = "mst++"
@@ -90,8 +91,8 @@ def score(model: torch.nn.Module, scenes: list) -> dict[str, dict]:
     out = {}
     for name, rgb, cube in scenes:
         pred = model(rgb[None])[0]
-        out[name] = {"mrae": common.mrae(pred, cube, FLOOR), "rmse": common.rmse(pred, cube),
-                     "psnr": common.psnr(pred, cube), "sam": common.sam(pred, cube)}
+        out[name] = {"mrae": mrae(pred, cube, FLOOR), "rmse": rmse(pred, cube),
+                     "psnr": psnr(pred, cube), "sam": sam(pred, cube)}
     return out
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common_utils_v32 import CIE_1964, UserError, camera_response, cube_to_srgb, render_rgb
+from camera_colour import CIE_1964, camera_response, cube_to_srgb, render_rgb
+from common_utils_v32 import UserError
 
 NM = np.arange(400.0, 701.0, 10.0)
 

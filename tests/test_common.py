@@ -15,6 +15,20 @@ from conftest import ROOT
 
 import common_utils_v32 as common
 from common_utils_v32 import UserError, opt
+from optimized_dataloader import normalise_rgb
+from spectral_evaluation import (
+    bootstrap_interval,
+    centre_crop,
+    crop_border,
+    ergas,
+    mrae,
+    per_band_metrics,
+    psnr,
+    rmse,
+    sam,
+    scene_metrics,
+    ssim,
+)
 
 SCRIPTS = [path.stem for path in ROOT.glob("*.py")]
 
@@ -83,17 +97,17 @@ def test_metrics_equal_plain_numpy_in_every_memory_layout(floor):
     pred, target = scene()
     expected = numpy_metrics(pred.astype(np.float32), target.astype(np.float32), floor)
     for p, t in zip(layouts(pred), layouts(target), strict=True):
-        found = common.scene_metrics(p, t, floor=floor)
+        found = scene_metrics(p, t, floor=floor)
         for key, value in expected.items():
             assert found[f"{key}_full"] == pytest.approx(value, rel=1e-5), key
 
 
 def test_the_crop_is_the_protocols_and_is_what_the_metrics_score():
     x = torch.arange(482 * 512.0).view(1, 482, 512)
-    assert common.centre_crop(x).shape == (1, 226, 256) and common.centre_crop(x)[0, 0, 0] == x[0, 128, 128]
-    assert common.crop_border(256, 400) == (64, 128)
+    assert centre_crop(x).shape == (1, 226, 256) and centre_crop(x)[0, 0, 0] == x[0, 128, 128]
+    assert crop_border(256, 400) == (64, 128)
     pred, target = scene(height=40, width=500)
-    found = common.scene_metrics(torch.from_numpy(pred), torch.from_numpy(target))
+    found = scene_metrics(torch.from_numpy(pred), torch.from_numpy(target))
     expected = numpy_metrics(pred[:, 10:-10, 128:-128], target[:, 10:-10, 128:-128], 1e-6)
     assert found["mrae"] == pytest.approx(expected["mrae"]) and found["border"] == [10, 128]
     assert found["mrae"] != pytest.approx(found["mrae_full"])
@@ -101,48 +115,48 @@ def test_the_crop_is_the_protocols_and_is_what_the_metrics_score():
 
 def test_a_perfect_prediction_and_a_black_scene():
     target = torch.from_numpy(scene()[1])
-    assert common.mrae(target, target) == common.rmse(target, target) == common.ergas(target, target) == 0
-    assert common.sam(target, target) == 0 and common.psnr(target, target) == math.inf
+    assert mrae(target, target) == rmse(target, target) == ergas(target, target) == 0
+    assert sam(target, target) == 0 and psnr(target, target) == math.inf
     black = torch.zeros(31, 8, 8)
-    assert math.isnan(common.sam(black, black)) and common.mrae(black, black) == 0
-    assert common.mrae(black + 1, black) == pytest.approx(1e6)
+    assert math.isnan(sam(black, black)) and mrae(black, black) == 0
+    assert mrae(black + 1, black) == pytest.approx(1e6)
 
 
 def test_psnr_clamps_and_has_a_peak_of_one():
     target = torch.full((31, 8, 8), 1.0)
-    assert common.psnr(target + 0.5, target) == math.inf
-    assert common.psnr(target - 0.1, target) == pytest.approx(20.0, abs=1e-4)
+    assert psnr(target + 0.5, target) == math.inf
+    assert psnr(target - 0.1, target) == pytest.approx(20.0, abs=1e-4)
 
 
 def test_spectral_angle_is_exact_near_zero_and_in_degrees():
     a, b = torch.zeros(31, 1, 1), torch.zeros(31, 1, 1)
     a[0], b[0], b[1] = 1.0, 1.0, 1.0
-    assert common.sam(a, b) == pytest.approx(45.0)
+    assert sam(a, b) == pytest.approx(45.0)
     b[1] = 1e-6
-    assert common.sam(b, a) == pytest.approx(np.degrees(1e-6), rel=1e-3)
+    assert sam(b, a) == pytest.approx(np.degrees(1e-6), rel=1e-3)
 
 
 def test_ssim_is_one_for_equal_and_falls_with_noise():
     pytest.importorskip("torchmetrics")
     pred, target = (torch.from_numpy(x).clamp(0, 1) for x in scene())
-    assert common.ssim(target, target) == pytest.approx(1.0)
-    assert common.ssim(pred, target) < 0.999
+    assert ssim(target, target) == pytest.approx(1.0)
+    assert ssim(pred, target) < 0.999
 
 
 def test_a_border_below_zero_is_an_error():
     with pytest.raises(common.UserError, match="crop border of -1 px"):
-        common.centre_crop(torch.zeros(1, 64, 64), -1)
+        centre_crop(torch.zeros(1, 64, 64), -1)
 
 
 def test_per_band_metrics_average_to_the_whole():
     pytest.importorskip("torchmetrics")
     pred, target = (torch.from_numpy(x) for x in scene())
-    bands = common.per_band_metrics(pred, target)
-    assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(common.mrae(pred, target))
-    assert np.square(bands["rmse"]).mean() ** 0.5 == pytest.approx(common.rmse(pred, target))
-    assert np.square(bands["ergas"]).mean() ** 0.5 == pytest.approx(common.ergas(pred, target))
+    bands = per_band_metrics(pred, target)
+    assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(mrae(pred, target))
+    assert np.square(bands["rmse"]).mean() ** 0.5 == pytest.approx(rmse(pred, target))
+    assert np.square(bands["ergas"]).mean() ** 0.5 == pytest.approx(ergas(pred, target))
     inside = [x.clamp(0, 1) for x in (pred, target)]
-    assert np.mean(bands["ssim"]) == pytest.approx(common.ssim(*inside), abs=1e-5)
+    assert np.mean(bands["ssim"]) == pytest.approx(ssim(*inside), abs=1e-5)
 
 
 def test_a_record_of_the_environment_needs_no_git(monkeypatch):
@@ -151,22 +165,22 @@ def test_a_record_of_the_environment_needs_no_git(monkeypatch):
 
 
 def test_a_scene_without_an_angle_is_left_out_of_the_interval():
-    assert common.bootstrap_interval([2.0, math.nan, 2.0]) == (2.0, 2.0)
+    assert bootstrap_interval([2.0, math.nan, 2.0]) == (2.0, 2.0)
 
 
 def test_both_floors_of_mrae_are_recorded():
     pred, target = (torch.from_numpy(x) for x in scene())
-    found = common.scene_metrics(pred, target, floor=0.05)
+    found = scene_metrics(pred, target, floor=0.05)
     for floor in (0.01, 1e-6):
         assert found[f"mrae_floor_{floor:g}_full"] == pytest.approx(numpy_metrics(pred.numpy(), target.numpy(), floor)["mrae"])
 
 
 def test_bootstrap_interval_covers_the_mean_and_shrinks():
     values = np.random.default_rng(0).normal(0.2, 0.05, 50).tolist()
-    low, high = common.bootstrap_interval(values)
+    low, high = bootstrap_interval(values)
     assert low < np.mean(values) < high and 0.02 < high - low < 0.04
-    assert common.bootstrap_interval(values) == (low, high)
-    assert common.bootstrap_interval([0.3]) == (0.3, 0.3)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval([0.3]) == (0.3, 0.3)
 
 
 @pytest.mark.skipif("MST_ROOT" not in os.environ, reason="MST_ROOT names no checkout of MST++")
@@ -176,8 +190,8 @@ def test_metrics_equal_mst_plus_plus():
 
     pred, target = (torch.from_numpy(x)[None] for x in scene())
     target = target.clamp_min(1e-6)
-    assert common.mrae(pred, target) == pytest.approx(utils.Loss_MRAE()(pred, target).item())
-    assert common.rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())
+    assert mrae(pred, target) == pytest.approx(utils.Loss_MRAE()(pred, target).item())
+    assert rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())
 
 
 # --- command line and files -----------------------------------------------------------------------------------------
@@ -250,12 +264,12 @@ def test_json_writes_numbers_of_any_kind_and_no_nan(tmp_path):
 
 def test_rgb_normalisation():
     rgb = torch.tensor([[10, 60], [110, 210]], dtype=torch.uint8)
-    assert common.normalise_rgb(rgb, "unit")[1, 1] == pytest.approx(210 / 255)
-    scaled = common.normalise_rgb(rgb, "per_image", 10, 210)
+    assert normalise_rgb(rgb, "unit")[1, 1] == pytest.approx(210 / 255)
+    scaled = normalise_rgb(rgb, "per_image", 10, 210)
     assert scaled.min() == 0 and scaled.max() == 1 and scaled[0, 1] == 0.25
-    assert common.normalise_rgb(rgb * 0, "per_image", 0, 0).isfinite().all()
+    assert normalise_rgb(rgb * 0, "per_image", 0, 0).isfinite().all()
     with pytest.raises(UserError, match="per_image or unit"):
-        common.normalise_rgb(rgb, "other")
+        normalise_rgb(rgb, "other")
 
 
 def test_unusable_devices_are_named():

@@ -13,12 +13,11 @@ from conftest import write_raw_arad
 from PIL import Image
 
 import optimized_dataloader as loader_module
-from common_utils_v32 import UserError
+from common_utils_v32 import UserError, cgroup_free
+from cube_files import FIELD_BANDS
 from optimized_dataloader import (
-    FIELD_BANDS,
     DataConfig,
     RawBatch,
-    cgroup_free,
     create_optimized_dataloaders,
     dihedral,
     prepare_batch,

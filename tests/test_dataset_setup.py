@@ -12,8 +12,11 @@ from conftest import write_raw_arad
 from PIL import Image
 
 import dataset_setup as ds
-from common_utils_v32 import UserError, camera_response, run_cli
-from optimized_dataloader import DataConfig, create_optimized_dataloaders, patch_grid, read_cube, read_rgb
+from camera_colour import camera_response
+from common_utils_v32 import UserError, run_cli
+from cube_files import read_cube, read_rgb
+from optimized_dataloader import DataConfig, create_optimized_dataloaders, patch_grid
+from synthetic_scenes import FAMILIES, WAVELENGTHS, draw_illuminants, draw_material, reflectance, synthetic_cube
 
 SMALL = ("--patch-size", "32", "--workers", "1")
 
@@ -59,7 +62,7 @@ def test_synthetic_scenes_are_in_the_arad_layout(synthetic):
     assert len([*(synthetic / "Test_RGB").glob("*.jpg")]) == 2
     with h5py.File(synthetic / "Train_Spec" / f"{names[0][0]}.mat") as file:
         assert file["cube"].shape == (31, 128, 96) and file["cube"].dtype == np.float32  # bands, W, H: MATLAB's order
-        assert file["bands"][:].ravel().tolist() == ds.WAVELENGTHS.tolist()
+        assert file["bands"][:].ravel().tolist() == WAVELENGTHS.tolist()
     assert read_rgb(synthetic / "Train_RGB" / f"{names[0][0]}.jpg").shape == (96, 128, 3)
 
 
@@ -83,13 +86,13 @@ def test_camera_and_exposure_change_the_photo_and_not_the_cube(tmp_path):
 
 
 def reflectances(family, n, rng):
-    return np.stack([ds.reflectance(ds.draw_material(family, rng)) for _ in range(n)])
+    return np.stack([reflectance(draw_material(family, rng)) for _ in range(n)])
 
 
 def test_reflectances_are_smooth_within_0_and_1_and_mostly_three_dimensional():
     """Published sets of measured reflectances keep 97 % or more of their energy in three components (Parkkinen et al., JOSA A
     1989; Vrhel et al., Color Res. Appl. 1994); step to step, 10 nm apart, they change little."""
-    spectra = np.concatenate([reflectances(family, 150, np.random.default_rng(0)) for family in ds.FAMILIES])
+    spectra = np.concatenate([reflectances(family, 150, np.random.default_rng(0)) for family in FAMILIES])
     assert spectra.min() > 0.005 and spectra.max() < 1
     assert np.sqrt(np.mean(np.diff(spectra, 2, axis=1) ** 2)) < 0.02
     energy = np.linalg.svd(spectra, compute_uv=False) ** 2
@@ -97,7 +100,7 @@ def test_reflectances_are_smooth_within_0_and_1_and_mostly_three_dimensional():
 
 
 def test_scenes_have_natural_statistics():
-    cubes = np.stack([ds.synthetic_cube(np.random.default_rng([7, i]), 96, 96) for i in range(12)])
+    cubes = np.stack([synthetic_cube(np.random.default_rng([7, i]), 96, 96) for i in range(12)])
     assert cubes.dtype == np.float32 and cubes.min() > 0 and cubes.max() <= 1
     assert 0.05 < cubes.mean() < 0.25 and 0.15 < (cubes < 0.05).mean() < 0.6 and 0.001 < (cubes > 0.5).mean() < 0.1
     pixels = cubes.reshape(-1, 31)[::7].astype(float)
@@ -108,7 +111,7 @@ def test_scenes_have_natural_statistics():
 
 
 def test_metamers_of_two_families_look_alike_but_have_other_spectra_and_other_textures():
-    response, rng = camera_response("analytic", ds.WAVELENGTHS), np.random.default_rng(0)
+    response, rng = camera_response("analytic", WAVELENGTHS), np.random.default_rng(0)
     leaves, plastics = (reflectances(family, 1500, rng) for family in ("foliage", "plastic"))
     rgb = [spectra @ response for spectra in (leaves, plastics)]
     distance = np.abs(rgb[0][:, None] - rgb[1][None]).max(-1) / rgb[0].mean(-1)[:, None]
@@ -117,12 +120,12 @@ def test_metamers_of_two_families_look_alike_but_have_other_spectra_and_other_te
     cosine /= np.linalg.norm(leaves[pairs[:, 0]], axis=-1) * np.linalg.norm(plastics[pairs[:, 1]], axis=-1)
     angles = np.degrees(np.arccos(cosine))
     assert len(pairs) >= 5 and angles.max() > 12 and np.median(angles) > 6
-    assert ds.FAMILIES["foliage"][2] != ds.FAMILIES["plastic"][2]
+    assert FAMILIES["foliage"][2] != FAMILIES["plastic"][2]
 
 
 def test_illuminants_are_of_several_kinds_and_ambient_light_has_another_colour():
     rng = np.random.default_rng(0)
-    outdoor, indoor = (np.array([ds.draw_illuminants(where, rng) for _ in range(40)]) for where in (True, False))
+    outdoor, indoor = (np.array([draw_illuminants(where, rng) for _ in range(40)]) for where in (True, False))
     assert outdoor.min() > 0 and outdoor.max() <= 1
     blue_to_red = indoor[:, 0, 5] / indoor[:, 0, 25]
     assert blue_to_red.min() < 0.6 and blue_to_red.max() > 1

@@ -18,6 +18,7 @@ from test_inference import run, write_checkpoint
 import common_utils_v32 as common
 import optimized_dataloader as data
 import sharp_inference as inference
+from spectral_evaluation import scene_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +50,7 @@ def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbe
         metrics = json.loads((tmp_path / "res/metrics" / f"{scene.name}_metrics.json").read_text())
         keys = ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full")
         assert all(isinstance(metrics[key], float) for key in keys)
-        want = common.scene_metrics(pred, scene.cube, floor=0.001)
+        want = scene_metrics(pred, scene.cube, floor=0.001)
         assert metrics["mrae"] == pytest.approx(want["mrae"], rel=1e-5) and metrics["metric_floor"] == 0.001
         assert metrics["rmse"] == pytest.approx(want["rmse"], rel=1e-5) and metrics["border"] == [24, 20]
     with open(tmp_path / "res/metrics.csv") as file:

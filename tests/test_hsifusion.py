@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import hsifusion_v252_complete as hsi
-from common_utils_v32 import STRIP_FLOATS, CameraConsistency, UserError, fit_linear_spectral_path, save_checkpoint
+from common_utils_v32 import UserError, save_checkpoint
 from hsifusion_v252_complete import LightningProBlock, LightningProConfig, create_hsifusion_lightning_pro, from_pretrained
+from spectral_layers import STRIP_FLOATS, CameraConsistency, fit_linear_spectral_path
 
 SMALL = {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
 

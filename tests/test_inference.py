@@ -15,6 +15,7 @@ from PIL import Image
 
 import common_utils_v32 as common
 import sharp_inference as inference
+from cube_files import read_photo
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +132,7 @@ def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mo
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.tif")
     else:
         Image.fromarray(pixels).convert(mode).save(tmp_path / "a.tif")
-    rgb, _ = inference.read_photo(tmp_path / "a.tif", tmp_path)
+    rgb, _ = read_photo(tmp_path / "a.tif", tmp_path)
     if mode in ("L", "I;16"):
         assert (rgb == rgb[..., :1]).all()
     if mode in ("RGBA", "I;16"):
@@ -144,7 +145,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (90, 70)).save(tmp_path / "a.jpg", exif=exif)
-    rgb, remarks = inference.read_photo(tmp_path / "a.jpg", tmp_path)
+    rgb, remarks = read_photo(tmp_path / "a.jpg", tmp_path)
     assert rgb.shape == (90, 70, 3) and any("EXIF" in remark for remark in remarks)
 
 

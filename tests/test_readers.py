@@ -6,15 +6,8 @@ import pytest
 from PIL import Image
 
 from common_utils_v32 import UserError
-from optimized_dataloader import (
-    FIELD_BANDS,
-    check_cube,
-    find_scenes,
-    patch_grid,
-    read_cube,
-    read_rgb,
-    read_wavelengths,
-)
+from cube_files import FIELD_BANDS, check_cube, read_cube, read_rgb, read_wavelengths
+from optimized_dataloader import find_scenes, patch_grid
 
 RGB_SHAPE = (20, 24, 3)
 

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import sharp_v322_hardened as sharp
-from sharp_v322_hardened import keys_to_keep, sparse_attention_topk_streaming, sparsemax
+import sparse_attention as sharp
+from sparse_attention import (
+    MASKED,
+    TILE_SCORES,
+    _local_backward,
+    _local_forward,
+    _topk_backward,
+    _topk_forward,
+    keys_to_keep,
+    sparse_attention_topk_streaming,
+    sparsemax,
+)
 
 
 def dense_reference(q, k, v, keep, scale=None):
@@ -55,7 +65,7 @@ def test_topk_equals_a_dense_masked_reference_for_any_block_sizes(n, width, valu
 
 
 def test_topk_in_many_tiles_equals_the_reference(monkeypatch):
-    monkeypatch.setitem(sharp.TILE_SCORES, "cpu", 4000)
+    monkeypatch.setitem(TILE_SCORES, "cpu", 4000)
     inputs = tensors((2, 300, 8), (2, 300, 8), (2, 300, 16))
     for block, q_block in ((2048, 1024), (64, 32), (7, 3)):
         assert_same_with_gradients(
@@ -104,7 +114,7 @@ def test_local_windows_see_2d_neighbours_and_never_wrap_round(height, width, sid
 
 
 def test_local_windows_in_many_strips_equal_the_reference(monkeypatch):
-    monkeypatch.setitem(sharp.TILE_SCORES, "cpu", 20000)
+    monkeypatch.setitem(TILE_SCORES, "cpu", 20000)
     inputs = tensors((1, 33 * 40, 4), (1, 33 * 40, 4), (1, 33 * 40, 4))
     assert_same_with_gradients(
         lambda *x: sparse_attention_topk_streaming(*x, max_tokens=100, spatial_shape=(33, 40)),
@@ -187,7 +197,7 @@ class LargestTensor(TorchDispatchMode):
     ({}, 2**18), ({"sparse_mode": "block"}, 16 * 2048 * 16), ({"sparse_mode": "local", "spatial_shape": (32, 64)}, 2**20)])
 def test_no_mode_allocates_n_x_n(kwargs, largest, monkeypatch):
     # run without the operators' wrapper, so that the mode sees inside them
-    run = {"_topk_op": sharp._topk_forward, "_local_op": sharp._local_forward}
+    run = {"_topk_op": _topk_forward, "_local_op": _local_forward}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the tiles of one core
     n = 2048
     q, k, v = (x.detach() for x in tensors((1, n, 16), (1, n, 16), (1, n, 16)))
@@ -198,12 +208,12 @@ def test_no_mode_allocates_n_x_n(kwargs, largest, monkeypatch):
     assert seen.elements <= largest < n * n
     with LargestTensor() as seen:
         if "sparse_mode" not in kwargs:
-            out, threshold = sharp._topk_forward(q, k, v, 205, 0.25, 2048, 1024)
-            sharp._topk_backward(torch.ones_like(out), q, k, v, out, threshold, 205, 0.25, 2048, 1024)
+            out, threshold = _topk_forward(q, k, v, 205, 0.25, 2048, 1024)
+            _topk_backward(torch.ones_like(out), q, k, v, out, threshold, 205, 0.25, 2048, 1024)
         elif kwargs["sparse_mode"] == "local":
             image = [x.unflatten(1, (32, 64)) for x in (q, k, v)]
-            out, nothing = sharp._local_forward(*image, 7, 0.25, sharp.MASKED, False)
-            sharp._local_backward(torch.ones_like(out), *image, out, nothing, 7, 0.25, sharp.MASKED, False)
+            out, nothing = _local_forward(*image, 7, 0.25, MASKED, False)
+            _local_backward(torch.ones_like(out), *image, out, nothing, 7, 0.25, MASKED, False)
     assert seen.elements <= largest
 
 

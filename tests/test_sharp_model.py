@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import sharp_v322_hardened as sharp
-from common_utils_v32 import STRIP_FLOATS, save_checkpoint
+from common_utils_v32 import save_checkpoint
 from sharp_v322_hardened import ChannelRMSNorm, RBFProjection, SHARPv32Config, SHARPv32Trainer, create_sharp_v32
+from sparse_attention import SPARSE_MODES, sparse_attention_topk_streaming
+from spectral_layers import STRIP_FLOATS, depth_to_space, smooth_basis, space_to_depth
 
 MILLIONS = {"tiny": 1.7, "small": 4.0, "base": 12.0, "large": 32.0}
 LITTLE = {"base_dim": 16, "depths": (1, 1), "heads": (1, 2), "mlp_ratios": (1.0, 1.0)}
@@ -76,7 +78,7 @@ def test_a_full_frame_comes_back_at_its_size(height, width):
 @pytest.mark.parametrize("height, width", [(64, 96), (87, 79)])
 def test_strips_change_nothing(monkeypatch, height, width):
     model, x = little().eval(), images(2, 3, height, width)
-    model.fit_spectral_path(x, torch.einsum("oc,bchw->bohw", sharp.smooth_basis(31, 3), x))
+    model.fit_spectral_path(x, torch.einsum("oc,bchw->bohw", smooth_basis(31, 3), x))
     with torch.no_grad():
         whole = model(x)
         monkeypatch.setitem(STRIP_FLOATS, "cpu", 1)  # the thinnest that are cut
@@ -105,7 +107,7 @@ def test_memory_layout_of_the_input_does_not_matter():
         torch.testing.assert_close(model(F.pad(x, (3, 3))[..., 3:-3]), reference)
 
 
-@pytest.mark.parametrize("mode", sharp.SPARSE_MODES)
+@pytest.mark.parametrize("mode", SPARSE_MODES)
 @pytest.mark.parametrize("key_mode", sharp.KEY_RBF_MODES)
 def test_every_parameter_gets_a_gradient_that_is_not_zero(mode, key_mode):
     model = little(sparse_mode=mode, key_rbf_mode=key_mode, sparse_sparsity_ratio=0.5)
@@ -201,7 +203,7 @@ def test_sparse_settings_reach_the_attention(monkeypatch):
 
 def test_padding_of_the_frame_stays_out_of_attention(monkeypatch):
     shapes = []
-    attend = sharp.sparse_attention_topk_streaming
+    attend = sparse_attention_topk_streaming
     monkeypatch.setattr(sharp, "sparse_attention_topk_streaming",
                         lambda q, k, v, **kw: shapes.append((k.shape[1], kw["spatial_shape"])) or attend(q, k, v, **kw))
     little()(images(1, 3, 67, 65))
@@ -317,8 +319,8 @@ def test_fusion_cost_grows_linearly():
 
 def test_growing_undoes_shrinking():
     x = torch.randn(2, 7, 9, 3)
-    assert sharp.space_to_depth(x).shape == (2, 4, 5, 12)
-    assert torch.equal(sharp.depth_to_space(sharp.space_to_depth(x), 7, 9), x)
+    assert space_to_depth(x).shape == (2, 4, 5, 12)
+    assert torch.equal(depth_to_space(space_to_depth(x), 7, 9), x)
 
 
 # ---- step engine
@@ -418,7 +420,7 @@ def test_saving_and_loading_in_between_changes_no_bit(tmp_path):
 def test_a_few_steps_lower_the_loss():
     torch.manual_seed(0)
     rgb = torch.rand(2, 3, 64, 64)
-    cube = torch.einsum("oc,bchw->bohw", 0.1 + sharp.smooth_basis(31, 3).abs(), rgb**2)
+    cube = torch.einsum("oc,bchw->bohw", 0.1 + smooth_basis(31, 3).abs(), rgb**2)
     model = little()
     model.fit_spectral_path(rgb, cube)
     trainer = SHARPv32Trainer(model, loss_of, lr=3e-3)

@@ -18,6 +18,8 @@ from conftest import ROOT, write_raw_arad
 
 import common_utils_v32 as common
 from common_utils_v32 import Ranks, RunFolder, UserError
+from spectral_evaluation import mrae
+from spectral_layers import fit_linear_spectral_path
 
 SMALL = {
     "hsifusion_training": ["--base_channels", "16", "--depths", "1", "1", "1", "--num_heads", "2", "2", "2"],
@@ -129,10 +131,10 @@ def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tm
     run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 15, "--lr", 2e-3, "--ema_decay", 0.5)
     with torch.no_grad():
         scene = next(iter(run.val_loader))
-        before = common.mrae(parts(run)[0].eval()(scene.rgb), scene.cube)
-        weight, bias = common.fit_linear_spectral_path(*run.train_loader.spread(2**18))
+        before = mrae(parts(run)[0].eval()(scene.rgb), scene.cube)
+        weight, bias = fit_linear_spectral_path(*run.train_loader.spread(2**18))
         linear = torch.einsum("oc,bchw->bohw", weight, scene.rgb) + bias[:, None, None]
-    assert before <= 1.1 * common.mrae(linear, scene.cube)
+    assert before <= 1.1 * mrae(linear, scene.cube)
     run.train()
     assert run.best < before
 
