@@ -67,7 +67,7 @@ class CliParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
         args = sys.argv[1:] if args is None else list(args)
-        for i, arg in enumerate(args[:args.index("--")] if "--" in args else args):
+        for i, arg in enumerate(args[: args.index("--")] if "--" in args else args):
             if arg.startswith("--"):
                 name, equals, value = arg.partition("=")
                 args[i] = known.get(name.replace("-", "_"), name) + equals + value
@@ -82,7 +82,9 @@ def parse_dataclass(cls: type, argv: list[str] | None = None, description: str =
 
     --config gives defaults; a key that is no flag is an error. ValueErrors of __post_init__ become UserErrors."""
     parser = CliParser(description=description)
-    parser.add_argument("--config", metavar="FILE.json", help="settings to start from; the command line wins")
+    parser.add_argument(
+        "--config", metavar="FILE.json", help="settings to start from; the command line wins"
+    )
     fields = {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
     hints, groups = get_type_hints(cls), {}
     for name, field in fields.items():
@@ -98,7 +100,9 @@ def parse_dataclass(cls: type, argv: list[str] | None = None, description: str =
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        groups[title].add_argument(f"--{name}", default=default, help=field.metadata["help"].replace("%", "%%"), **kind)
+        groups[title].add_argument(
+            f"--{name}", default=default, help=field.metadata["help"].replace("%", "%%"), **kind
+        )
     argv = sys.argv[1:] if argv is None else argv
     path = parser.parse_known_args(argv)[0].config
     values = vars(parser.parse_args([*(_config_flags(path, set(fields)) if path else []), *argv]))
@@ -114,20 +118,29 @@ def _config_flags(path: str, known: set[str]) -> list[str]:
     settings, flags = read_json(path), []
     unknown = set(settings) - known if isinstance(settings, dict) else {"a list"}
     if unknown:
-        raise UserError(f"--config {path}: unknown settings: {', '.join(sorted(unknown))}; --help lists the known ones")
+        raise UserError(
+            f"--config {path}: unknown settings: {', '.join(sorted(unknown))}; --help lists the known ones"
+        )
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+            flags += (
+                [f"--{name}", *map(str, value)]
+                if isinstance(value, list)
+                else [f"--{name}={value}"]
+            )
     return flags
 
 
 def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
     """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset decides"."""
     hints = get_type_hints(cls)
-    return [(f.name, hints[f.name] | None, dataclasses.field(default=None, metadata=f.metadata))
-            for f in dataclasses.fields(cls) if f.name not in skip]
+    return [
+        (f.name, hints[f.name] | None, dataclasses.field(default=None, metadata=f.metadata))
+        for f in dataclasses.fields(cls)
+        if f.name not in skip
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +165,9 @@ class Ranks:
         """For each flag: is it set on any rank?"""
         if self.world_size == 1:
             return flags
-        return tuple((self.sum(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist())
+        return tuple(
+            (self.sum(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
+        )
 
     def gather(self, item: Any) -> list:
         """Every rank's picklable item, in rank order, on every rank."""
@@ -165,7 +180,9 @@ class Ranks:
         """UserError unless all ranks hold the same value, which would leave some waiting for the others for ever."""
         values = list(map(str, self.gather(value)))
         if len(set(values)) > 1:
-            raise UserError(f"{what} differs between ranks: {', '.join(values)}; use a folder that all of them see")
+            raise UserError(
+                f"{what} differs between ranks: {', '.join(values)}; use a folder that all of them see"
+            )
 
     def leave(self) -> None:
         if self.world_size > 1:
@@ -186,7 +203,9 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
             raise UserError(f"--device {name}: no CUDA device is usable here; use --device cpu")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(
+                f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -196,19 +215,25 @@ def init_process_group(device: str) -> tuple[Ranks, torch.device]:
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     resolved = resolve_device(device, local)
     if world > 1:
-        patience = datetime.timedelta(hours=2)  # one rank may have longer scenes to score than another
+        patience = datetime.timedelta(
+            hours=2
+        )  # one rank may have longer scenes to score than another
         dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo", timeout=patience)
     return Ranks(int(os.environ.get("RANK", "0")), world, local), resolved
 
 
 def set_default_environment() -> None:
     """CUDA's allocator settings, unless the user has some; called by main(), before the first CUDA tensor."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:256")
+    os.environ.setdefault(
+        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:256"
+    )
 
 
 def find_compiler() -> str | None:
     """The compiler that torch.compile would use."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cc"))), None)
+    return next(
+        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cc"))), None
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -233,7 +258,9 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(f"{path}: the disk is full; make room and run the same command again") from None
+            raise UserError(
+                f"{path}: the disk is full; make room and run the same command again"
+            ) from None
         raise
 
 
@@ -266,11 +293,20 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-def save_weights(path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool) -> None:
+def save_weights(
+    path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool
+) -> None:
     """Save weights as .safetensors, with what is needed to rebuild the model in its metadata."""
-    metadata = {"format": "hsi-checkpoint", "model": model, "model_config": to_json(model_config), "data": to_json(data),
-                "averaged": to_json(averaged)}
-    payload = safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata)
+    metadata = {
+        "format": "hsi-checkpoint",
+        "model": model,
+        "model_config": to_json(model_config),
+        "data": to_json(data),
+        "averaged": to_json(averaged),
+    }
+    payload = safetensors_bytes(
+        {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, metadata
+    )
     atomic_write(path, lambda file: file.write(payload))
 
 
@@ -293,26 +329,44 @@ def read_checkpoint(path: str | Path) -> dict:
         return {"model": meta.get("model"), "ema": ema, "state_dict": weights, **facts}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; each means the same to the user
-        reason = "it holds more than tensors and plain types" if "weights_only" in str(error).lower() else "damaged"
-        raise UserError(f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers") from None
+    except (
+        Exception
+    ) as error:  # torch raises many kinds for a damaged file; each means the same to the user
+        reason = (
+            "it holds more than tensors and plain types"
+            if "weights_only" in str(error).lower()
+            else "damaged"
+        )
+        raise UserError(
+            f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     bare = "state_dict" not in state
-    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | ({"state_dict": state} if bare else state)
+    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | (
+        {"state_dict": state} if bare else state
+    )
     weights = state["state_dict"]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(v, Tensor) for v in weights.values())
+    ):
         raise UserError(f"{path}: holds no model weights")
     if not all(isinstance(state[key] or {}, dict) for key in ("model_config", "ema", "data")):
         raise UserError(f"{path}: damaged, its configuration is not a table of settings")
     return state
 
 
-def build_from_checkpoint(path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True) -> nn.Module:
+def build_from_checkpoint(
+    path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True
+) -> nn.Module:
     """Rebuild a model from any checkpoint of the trainers; the averaged weights where there are any and `ema` is on."""
     state = read_checkpoint(path)
     if state["model"] not in (kind, None) or not state["model_config"]:
-        raise UserError(f"{path}: holds {state['model'] or 'bare weights'}, not a {kind} checkpoint with its configuration")
+        raise UserError(
+            f"{path}: holds {state['model'] or 'bare weights'}, not a {kind} checkpoint with its configuration"
+        )
     model = create(**state["model_config"])
     load_weights(model, (ema and state["ema"]) or state["state_dict"], path)
     return model
@@ -321,10 +375,14 @@ def build_from_checkpoint(path: str | Path, kind: str, create: Callable[..., nn.
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     """load_state_dict with a one-line UserError on a mismatch; a `module.` prefix of DDP is dropped."""
     try:
-        model.load_state_dict({k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()})
+        model.load_state_dict(
+            {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+        )
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
-        raise UserError(f"{path}: weights do not fit this model: {' '.join(first).strip()[:200]}") from None
+        raise UserError(
+            f"{path}: weights do not fit this model: {' '.join(first).strip()[:200]}"
+        ) from None
 
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved: "try again" (EX_TEMPFAIL of sysexits.h)
@@ -340,7 +398,12 @@ class RunFolder:
 
     @classmethod
     def of(cls, output_dir: str, name: str) -> RunFolder:
-        return cls(*(Path(os.environ.get(variable) or output_dir, name) for variable in ("HSI_LOG_DIR", "HSI_CKPT_DIR")))
+        return cls(
+            *(
+                Path(os.environ.get(variable) or output_dir, name)
+                for variable in ("HSI_LOG_DIR", "HSI_CKPT_DIR")
+            )
+        )
 
     def resume_path(self, resume_from: str | None) -> Path | None:
         """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one, None for a new run.
@@ -356,14 +419,18 @@ class RunFolder:
             return Path(resume_from)
         for sign in (last, self.logs / "config.json"):
             if sign.exists():
-                raise UserError(f"{sign.parent} holds a run: give --resume_from auto to go on, or another --experiment_name")
+                raise UserError(
+                    f"{sign.parent} holds a run: give --resume_from auto to go on, or another --experiment_name"
+                )
         return None
 
 
 class RunLog:
     """Writes metrics.jsonl and TensorBoard files (mirrored to Weights & Biases where asked); silent on ranks but 0."""
 
-    def __init__(self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict) -> None:
+    def __init__(
+        self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict
+    ) -> None:
         self.active, self.wandb = ranks.is_main, None
         if not self.active:
             return
@@ -373,23 +440,36 @@ class RunLog:
         path = folder / "metrics.jsonl"
         if path.exists():  # what a killed run logged after its last checkpoint is made again
             lines = path.read_text().splitlines(True)  # the last may have been cut
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+            kept = [
+                line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
+            ]
             atomic_write(path, lambda file: file.write("".join(kept).encode()))
         self.lines, self.board = open(path, "a"), SummaryWriter(str(folder), purge_step=step + 1)  # noqa: SIM115
         if wandb_project:
             try:
                 import wandb
             except ImportError:
-                raise UserError("--wandb needs the wandb package: pip install wandb, or leave --wandb away") from None
+                raise UserError(
+                    "--wandb needs the wandb package: pip install wandb, or leave --wandb away"
+                ) from None
             name = folder.name
-            self.wandb = wandb.init(project=wandb_project, name=name, id=name, resume="allow", config=settings, dir=str(folder))
+            self.wandb = wandb.init(
+                project=wandb_project,
+                name=name,
+                id=name,
+                resume="allow",
+                config=settings,
+                dir=str(folder),
+            )
 
     def write(self, kind: str, step: int, values: dict) -> None:
         if not self.active:
             return
         self.lines.write(to_json({"kind": kind, "step": step} | values) + "\n")
         self.lines.flush()
-        scalars = {f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        scalars = {
+            f"{kind}/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))
+        }
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
         if self.wandb:
@@ -433,7 +513,10 @@ class StopSignal:
 
 def rng_state() -> dict:
     """State of the generators of torch (and CUDA) of this process; restore with set_rng_state."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
 
 
 def set_rng_state(state: dict) -> None:
@@ -445,10 +528,24 @@ def set_rng_state(state: dict) -> None:
 def environment_record() -> dict:
     """Versions, machine and git commit that a number was made with."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "device": device,
-            "threads": torch.get_num_threads(), "git_commit": commit or None}
+    commit = (
+        subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if shutil.which("git")
+        else None
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "git_commit": commit or None,
+    }
 
 
 def memory_gb(device: torch.device) -> float:
@@ -463,12 +560,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decayed = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
 
 
 def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.GradScaler:
     """It scales for float16 alone; for every type it makes the optimizer skip a step whose gradients are not finite."""
-    still = {"init_scale": 1.0, "growth_factor": 1 + 2**-40, "backoff_factor": 1 - 2**-40}  # in float32 both factors are 1
+    still = {
+        "init_scale": 1.0,
+        "growth_factor": 1 + 2**-40,
+        "backoff_factor": 1 - 2**-40,
+    }  # in float32 both factors are 1
     return torch.amp.GradScaler(device.type, **({} if amp is torch.float16 else still))
 
 
@@ -479,11 +583,15 @@ def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, stat
         scaler.load_state_dict(state["scaler"])
 
 
-def restore_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, state: dict, lr: float, weight_decay: float) -> None:
+def restore_schedule(
+    schedule: torch.optim.lr_scheduler.LambdaLR, state: dict, lr: float, weight_decay: float
+) -> None:
     """Load a schedule whose optimizer, of decay_groups, is restored; go on with this run's lr and weight decay."""
     schedule.load_state_dict(state)
     schedule.base_lrs = [lr] * len(schedule.base_lrs)
-    for group, decay, curve in zip(schedule.optimizer.param_groups, (weight_decay, 0.0), schedule.lr_lambdas, strict=True):
+    for group, decay, curve in zip(
+        schedule.optimizer.param_groups, (weight_decay, 0.0), schedule.lr_lambdas, strict=True
+    ):
         group.update(weight_decay=decay, initial_lr=lr, lr=lr * curve(schedule.last_epoch))
 
 
@@ -492,7 +600,9 @@ def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | 
     if decay == 0:
         return None
     average = AveragedModel(model, use_buffers=True)
-    average.n_averaged.fill_(1)  # the copy above; else the first update would copy instead of average
+    average.n_averaged.fill_(
+        1
+    )  # the copy above; else the first update would copy instead of average
 
     def update(averaged: list, current: list, _: object) -> None:
         n = int(average.n_averaged) - 1  # kept on the CPU
@@ -502,7 +612,9 @@ def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | 
     return average
 
 
-def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+def cgroup_free(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float:
     """Bytes left under the tightest memory limit on this process, cgroup v1 or v2 (inf: none). File cache counts as free."""
     free = math.inf
     for line in membership.read_text().splitlines() if membership.exists() else ():
@@ -510,13 +622,18 @@ def cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/p
         v1 = "memory" in controllers.split(",")
         if controllers and not v1:
             continue
-        limit, usage, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if v1
-                               else ("memory.max", "memory.current", "inactive_file"))
+        limit, usage, cache = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if v1
+            else ("memory.max", "memory.current", "inactive_file")
+        )
         top = root / "memory" if v1 else root
         inner = top / place.lstrip("/")
         for folder in (inner, *inner.parents):  # a container may see only the top one
             if folder.is_relative_to(top) and (folder / limit).exists():
-                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                stat = dict(
+                    row.split() for row in (folder / "memory.stat").read_text().splitlines()
+                )
                 most = float((folder / limit).read_text().replace("max", "inf"))
                 free = min(free, most - int((folder / usage).read_text()) + int(stat.get(cache, 0)))
     return free

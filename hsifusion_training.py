@@ -28,12 +28,30 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 from common_utils_v32 import Ranks, RunFolder, RunLog, UserError, opt
-from hsifusion_v252_complete import SIZES, LightningProConfig, create_hsifusion_lightning_pro, laplace_nll
-from optimized_dataloader import DataConfig, MSTPlusPlusLoss, create_optimized_dataloaders, prepare_batch
+from hsifusion_v252_complete import (
+    SIZES,
+    LightningProConfig,
+    create_hsifusion_lightning_pro,
+    laplace_nll,
+)
+from optimized_dataloader import (
+    DataConfig,
+    MSTPlusPlusLoss,
+    create_optimized_dataloaders,
+    prepare_batch,
+)
 from spectral_evaluation import bootstrap_interval, mean_metrics, scene_figure, scene_metrics
 
 MODEL = "hsifusion"
-PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")  # how far a run is
+PROGRESS = (
+    "epoch",
+    "iteration",
+    "step",
+    "validated",
+    "best",
+    "best_metrics",
+    "metrics",
+)  # how far a run is
 FIT_PIXELS = 2**18  # that the linear path is fitted on
 SKIPPED_LIMIT = 20  # steps with non-finite gradients in a row before a run gives up
 LIKELIHOOD_WEIGHT = 0.1  # of the uncertainty head's term in the loss
@@ -44,10 +62,14 @@ AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
 class TrainConfig(DataConfig):
     """Settings of a run; every field is a flag, those of the data set's configuration too."""
 
-    data_root: str = opt("", "staged or raw ARAD-1K folder (default: $HSI_DATA_DIR or ./data/ARAD_1K)", group="data")
+    data_root: str = opt(
+        "", "staged or raw ARAD-1K folder (default: $HSI_DATA_DIR or ./data/ARAD_1K)", group="data"
+    )
     batch_size: int = opt(12, "patches per batch and process", group="data")
 
-    model_size: str = opt("base", "preset of the model's fields", group="model", choices=tuple(SIZES))
+    model_size: str = opt(
+        "base", "preset of the model's fields", group="model", choices=tuple(SIZES)
+    )
 
     epochs: int = opt(300, "length of the run", group="optimisation")
     accumulate_steps: int = opt(1, "batches per optimizer step", group="optimisation")
@@ -55,27 +77,45 @@ class TrainConfig(DataConfig):
     lr: float = opt(4e-4, "peak learning rate", group="optimisation")
     eta_min: float = opt(1e-6, "learning rate at the end of the cosine", group="optimisation")
     warmup_epochs: float = opt(5.0, "epochs of linear warm-up", group="optimisation")
-    weight_decay: float = opt(1e-4, "on weight matrices; never on norms, biases, layer scales", group="optimisation")
+    weight_decay: float = opt(
+        1e-4, "on weight matrices; never on norms, biases, layer scales", group="optimisation"
+    )
     gradient_clip: float = opt(1.0, "largest gradient norm; 0 is no clipping", group="optimisation")
-    train_floor: float = opt(1e-3, "smallest denominator of the training MRAE", group="optimisation")
-    train_floor_start: float | None = opt(None, "its value at first, falling over the warm-up", group="optimisation")
-    ema_decay: float = opt(0.999, "decay of the averaged weights; 0 is no averaging", group="optimisation")
+    train_floor: float = opt(
+        1e-3, "smallest denominator of the training MRAE", group="optimisation"
+    )
+    train_floor_start: float | None = opt(
+        None, "its value at first, falling over the warm-up", group="optimisation"
+    )
+    ema_decay: float = opt(
+        0.999, "decay of the averaged weights; 0 is no averaging", group="optimisation"
+    )
     ema_update_every: int = opt(1, "steps between two updates of the average", group="optimisation")
 
     use_amp: bool = opt(True, "mixed precision where --amp_dtype gives one", group="speed")
-    amp_dtype: str = opt("auto", "auto: on CUDA bf16, or fp16 where that is missing; on a CPU float32", group="speed",
-                         choices=("auto", "bf16", "fp16"))
+    amp_dtype: str = opt(
+        "auto",
+        "auto: on CUDA bf16, or fp16 where that is missing; on a CPU float32",
+        group="speed",
+        choices=("auto", "bf16", "fp16"),
+    )
     compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
-    deterministic: bool = opt(False, "deterministic CUDA kernels; a warning names those that are not", group="speed")
+    deterministic: bool = opt(
+        False, "deterministic CUDA kernels; a warning names those that are not", group="speed"
+    )
 
     val_interval: int = opt(1, "epochs between validations", group="validation")
-    val_crop_border: int = opt(128, "pixels removed on each side before scoring", group="validation")
+    val_crop_border: int = opt(
+        128, "pixels removed on each side before scoring", group="validation"
+    )
     metric_floor: float = opt(1e-6, "smallest denominator of the reported MRAE", group="validation")
 
     output_dir: str = opt("./experiments", "folder of runs", group="run")
     experiment_name: str = opt("", "folder of this run (default: hsifusion_<size>)", group="run")
-    resume_from: str | None = opt(None, "checkpoint to go on from; `auto`: last.ckpt if any", group="run")
+    resume_from: str | None = opt(
+        None, "checkpoint to go on from; `auto`: last.ckpt if any", group="run"
+    )
     log_interval: int = opt(50, "optimizer steps between log lines", group="run")
     save_minutes: float = opt(10.0, "minutes between saves inside an epoch", group="run")
     wandb: str | None = opt(None, "mirror the log to this Weights & Biases project", group="run")
@@ -84,8 +124,16 @@ class TrainConfig(DataConfig):
         super().__post_init__()
         self.data_root = self.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
         self.experiment_name = self.experiment_name or f"{MODEL}_{self.model_size}"
-        positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval", "log_interval", "lr",
-                    "metric_floor")
+        positive = (
+            "epochs",
+            "batch_size",
+            "accumulate_steps",
+            "ema_update_every",
+            "val_interval",
+            "log_interval",
+            "lr",
+            "metric_floor",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -97,7 +145,10 @@ class TrainConfig(DataConfig):
 
 # A field of the model that is not given keeps the size's value.
 Settings = dataclasses.make_dataclass(
-    "Settings", common.optional_fields(LightningProConfig, skip=("in_channels", "out_channels")), bases=(TrainConfig,))
+    "Settings",
+    common.optional_fields(LightningProConfig, skip=("in_channels", "out_channels")),
+    bases=(TrainConfig,),
+)
 
 
 def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
@@ -112,7 +163,9 @@ def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
     """Fused Adam or AdamW; weight decay on matrices and kernels alone."""
     kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return kind(common.decay_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+    return kind(
+        common.decay_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.999), fused=True
+    )
 
 
 def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -120,7 +173,11 @@ def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
     if not cfg.use_amp or (cfg.amp_dtype == "auto" and device.type == "cpu"):
         return None
     if cfg.amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return torch.bfloat16 if cfg.amp_dtype == "bf16" else torch.float16
 
 
@@ -129,7 +186,9 @@ def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device)
     wanted = device.type == "cuda" if cfg.compile_model is None else cfg.compile_model
     if wanted and not common.find_compiler():
         if cfg.compile_model:
-            raise UserError("--compile_model needs a C++ compiler: install g++ or give --no-compile_model")
+            raise UserError(
+                "--compile_model needs a C++ compiler: install g++ or give --no-compile_model"
+            )
         print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
         return False
     if wanted:
@@ -140,36 +199,53 @@ def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device)
 class Run:
     """One training run: what it trains, how far it is, and the loop."""
 
-    def __init__(self, cfg: Settings, ranks: Ranks, device: torch.device, folder: RunFolder) -> None:
+    def __init__(
+        self, cfg: Settings, ranks: Ranks, device: torch.device, folder: RunFolder
+    ) -> None:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
-        self.stop, self.say = common.StopSignal(), tqdm.write if ranks.is_main else lambda text: None
+        self.stop, self.say = (
+            common.StopSignal(),
+            tqdm.write if ranks.is_main else lambda text: None,
+        )
         resume = folder.resume_path(cfg.resume_from)
         state = common.read_checkpoint(resume) if resume else None
-        ranks.agree((str(resume), state.get("step") if state else 0), "the checkpoint to go on from")
+        ranks.agree(
+            (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
+        )
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
         self.say(f"data: {self.train_loader.describe()}")
 
         # The same weights on every rank: DDP broadcasts rank 0's, which start at the fitted linear path.
-        fields = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(LightningProConfig)}
+        fields = {
+            f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(LightningProConfig)
+        }
         given = {name: value for name, value in fields.items() if value is not None}
         common.seed_everything(cfg.seed)
         bands = len(self.train_loader.wavelengths)
         try:
-            self.model = create_hsifusion_lightning_pro(cfg.model_size, out_channels=bands, **given).to(device)
+            self.model = create_hsifusion_lightning_pro(
+                cfg.model_size, out_channels=bands, **given
+            ).to(device)
         except ValueError as error:
             raise UserError(str(error)) from None
         if cfg.patch_size < self.model.config.min_input_size:
-            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {self.model.config.min_input_size}")
+            raise UserError(
+                f"--patch_size {cfg.patch_size}: below --min_input_size {self.model.config.min_input_size}"
+            )
         if state:
             common.load_weights(self.model, state["state_dict"], resume)
         elif ranks.is_main:
-            self.model.fit_spectral_path(*(x.to(device) for x in self.train_loader.spread(FIT_PIXELS)))
+            self.model.fit_spectral_path(
+                *(x.to(device) for x in self.train_loader.spread(FIT_PIXELS))
+            )
         if self.model.config.use_channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.network = self.model
         if ranks.world_size > 1:
-            self.network = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+            self.network = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None
+            )
         self.average = common.make_average(self.model, cfg.ema_decay, cfg.ema_update_every)
         compiled, self.amp = compile_in_place(self.network, cfg, device), precision(cfg, device)
         common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
@@ -178,32 +254,54 @@ class Run:
         self.optimizer = make_optimizer(self.model, cfg)
         steps = math.ceil(self.iterations / cfg.accumulate_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr)
+            self.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr
+        )
         self.scaler = common.make_scaler(device, self.amp)
         self.skipped = torch.zeros((), device=device)  # steps in a row
-        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps))
-        self.data_facts = {"rgb_norm": cfg.rgb_norm, "wavelengths": list(self.train_loader.wavelengths),
-                           "train_floor": cfg.train_floor, "metric_floor": cfg.metric_floor}
+        self.loss_fn = MSTPlusPlusLoss(
+            cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps)
+        )
+        self.data_facts = {
+            "rgb_norm": cfg.rgb_norm,
+            "wavelengths": list(self.train_loader.wavelengths),
+            "train_floor": cfg.train_floor,
+            "metric_floor": cfg.metric_floor,
+        }
         self.epoch = self.iteration = self.step = 0
         self.validated, self.best, self.best_metrics, self.metrics = -1, math.inf, {}, {}
         if state:
             self.load(state, resume)
 
-        self.settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if "help" in f.metadata} | {
-            "compile_model": compiled, "use_amp": self.amp is not None, "device": str(device)}  # --config reads it back
+        self.settings = {
+            f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if "help" in f.metadata
+        } | {
+            "compile_model": compiled,
+            "use_amp": self.amp is not None,
+            "device": str(device),
+        }  # --config reads it back
         if self.amp is not None:
             self.settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
         self.log = RunLog(folder.logs, ranks, self.step, cfg.wandb, self.settings)
         if ranks.is_main:
             common.write_json(folder.logs / "config.json", self.settings)
         parameters = sum(p.numel() for p in self.model.parameters())
-        self.say(f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; {device}, "
-                 f"{self.amp or torch.float32}, compile {'on' if compiled else 'off'}; run: {folder.logs}")
+        self.say(
+            f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; {device}, "
+            f"{self.amp or torch.float32}, compile {'on' if compiled else 'off'}; run: {folder.logs}"
+        )
 
         self.saved_at = time.monotonic()
-        self.bar = tqdm(total=cfg.epochs * self.iterations, initial=self.epoch * self.iterations + self.iteration,
-                        unit="it", smoothing=0.02, disable=not ranks.is_main, dynamic_ncols=True, desc="train",
-                        mininterval=0.2 if sys.stderr.isatty() else 60, maxinterval=60)  # a log file is not filled with bars
+        self.bar = tqdm(
+            total=cfg.epochs * self.iterations,
+            initial=self.epoch * self.iterations + self.iteration,
+            unit="it",
+            smoothing=0.02,
+            disable=not ranks.is_main,
+            dynamic_ncols=True,
+            desc="train",
+            mininterval=0.2 if sys.stderr.isatty() else 60,
+            maxinterval=60,
+        )  # a log file is not filled with bars
 
     # --- the loop
 
@@ -224,10 +322,20 @@ class Run:
             self.say(f"stopped by a signal: saved {last}; go on with --resume_from auto")
             return common.STOPPED
         if self.ranks.is_main:
-            common.write_json(self.folder.logs / "summary.json", {
-                "settings": self.settings, "model": dataclasses.asdict(self.model.config), "data": self.data_facts,
-                "environment": common.environment_record(), "steps": self.step, "best_mrae": self.best,
-                "best": self.best_metrics, "last": self.metrics, "seconds": time.monotonic() - start})
+            common.write_json(
+                self.folder.logs / "summary.json",
+                {
+                    "settings": self.settings,
+                    "model": dataclasses.asdict(self.model.config),
+                    "data": self.data_facts,
+                    "environment": common.environment_record(),
+                    "steps": self.step,
+                    "best_mrae": self.best,
+                    "best": self.best_metrics,
+                    "last": self.metrics,
+                    "seconds": time.monotonic() - start,
+                },
+            )
         self.say(f"done: best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}")
         return 0
 
@@ -236,11 +344,15 @@ class Run:
         cfg, group = self.cfg, self.cfg.accumulate_steps
         self.network.train()
         self.train_loader.set_position(self.epoch, self.iteration)
-        self.totals = torch.zeros(3, device=self.device)  # loss, MRAE, batches since the last log line
+        self.totals = torch.zeros(
+            3, device=self.device
+        )  # loss, MRAE, batches since the last log line
         self.logged = (time.monotonic(), self.iteration)
         for batch in self.train_loader:
             first = self.iteration - self.iteration % group
-            size = min(group, self.iterations - first)  # of this group of batches; the last may be smaller
+            size = min(
+                group, self.iterations - first
+            )  # of this group of batches; the last may be smaller
             last = self.iteration + 1 == first + size
             with nullcontext() if last or self.ranks.world_size == 1 else self.network.no_sync():
                 self.backward(*prepare_batch(batch, self.device), size)
@@ -275,15 +387,19 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.gradient_clip or math.inf)
         self.skipped = (self.skipped + 1) * ~norm.isfinite()
-        self.scaler.step(self.optimizer)  # fused optimizers look at the scaler's flag on the device: no sync
+        self.scaler.step(
+            self.optimizer
+        )  # fused optimizers look at the scaler's flag on the device: no sync
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.norm, self.lr = norm, self.optimizer.param_groups[0]["lr"]
         self.schedule.step()
         self.step += 1
         if (self.device.type == "cpu" or self.step % 50 == 0) and self.skipped >= SKIPPED_LIMIT:
-            raise UserError(f"step {self.step}: {int(self.skipped)} steps in a row had gradients that are not finite; lower "
-                            "--lr, raise --train_floor, or look at the data with dataset_setup.py --verify-only")
+            raise UserError(
+                f"step {self.step}: {int(self.skipped)} steps in a row had gradients that are not finite; lower "
+                "--lr, raise --train_floor, or look at the data with dataset_setup.py --verify-only"
+            )
         if self.average is not None and self.step % self.cfg.ema_update_every == 0:
             self.average.update_parameters(self.model)
 
@@ -291,14 +407,30 @@ class Run:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the device."""
         loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
-        speed = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size / (now - then)
+        speed = (
+            (self.iteration - iteration)
+            * self.cfg.batch_size
+            * self.ranks.world_size
+            / (now - then)
+        )
         memory = common.memory_gb(self.device)
-        self.log.write("train", self.step, {
-            "epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr, "grad_norm": self.norm.item(),
-            "patches_per_second": speed, "memory_gb": memory})
+        self.log.write(
+            "train",
+            self.step,
+            {
+                "epoch": self.epoch,
+                "loss": loss,
+                "mrae": error,
+                "lr": self.lr,
+                "grad_norm": self.norm.item(),
+                "patches_per_second": speed,
+                "memory_gb": memory,
+            },
+        )
         self.bar.set_postfix_str(
             f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB",
-            refresh=sys.stderr.isatty())
+            refresh=sys.stderr.isatty(),
+        )
         self.totals.zero_()
         self.logged = (now, self.iteration)
 
@@ -321,10 +453,22 @@ class Run:
         for scene in self.val_loader:
             if self.stop.requested:
                 break
-            with torch.compiler.set_stance("force_eager") if self.settings["compile_model"] else nullcontext():
+            with (
+                torch.compiler.set_stance("force_eager")
+                if self.settings["compile_model"]
+                else nullcontext()
+            ):
                 output = model(scene.rgb.to(self.device))
-            pred, cube = output[0] if isinstance(output, tuple) else output, scene.cube.to(self.device)
-            scores.append((scene.name, scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)))
+            pred, cube = (
+                output[0] if isinstance(output, tuple) else output,
+                scene.cube.to(self.device),
+            )
+            scores.append(
+                (
+                    scene.name,
+                    scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border),
+                )
+            )
             if figure is None and self.ranks.is_main:
                 parts = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
                 figure = scene_figure(*parts, self.data_facts["wavelengths"])
@@ -333,20 +477,33 @@ class Run:
         scores = [metrics for _, metrics in sorted(sum(self.ranks.gather(scores), []))]
         interval = bootstrap_interval([metrics["mrae"] for metrics in scores])
         self.metrics = mean_metrics(scores) | {
-            "mrae_interval_95": list(interval), "border": scores[0]["border"], "scenes": len(scores)}
+            "mrae_interval_95": list(interval),
+            "border": scores[0]["border"],
+            "scenes": len(scores),
+        }
         self.validated = self.epoch
-        self.log.write("val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics)
+        self.log.write(
+            "val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics
+        )
         self.log.figure("val/scene", self.step, figure)
         m = self.metrics
-        self.say(f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
-                 f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g}, "
-                 f"rgb {cfg.rgb_norm})")
+        self.say(
+            f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
+            f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g}, "
+            f"rgb {cfg.rgb_norm})"
+        )
         if m["mrae"] < self.best:
             self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
             if self.ranks.is_main:
-                common.save_weights(self.folder.checkpoints / "best.safetensors", model.state_dict(), MODEL,
-                                    dataclasses.asdict(self.model.config), self.data_facts, self.average is not None)
+                common.save_weights(
+                    self.folder.checkpoints / "best.safetensors",
+                    model.state_dict(),
+                    MODEL,
+                    dataclasses.asdict(self.model.config),
+                    self.data_facts,
+                    self.average is not None,
+                )
         return True
 
     # --- state
@@ -358,25 +515,44 @@ class Run:
         if not self.ranks.is_main:
             return
         average = self.average
-        common.save_checkpoint(self.folder.checkpoints / name, {
-            "model": MODEL, "model_config": dataclasses.asdict(self.model.config), "data": self.data_facts,
-            "settings": self.settings, "state_dict": self.model.state_dict(),
-            "ema": average.module.state_dict() if average is not None else None,
-            "ema_updates": int(average.n_averaged) if average is not None else 0,
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(), "rng": rng,
-            **{key: getattr(self, key) for key in PROGRESS}})
+        common.save_checkpoint(
+            self.folder.checkpoints / name,
+            {
+                "model": MODEL,
+                "model_config": dataclasses.asdict(self.model.config),
+                "data": self.data_facts,
+                "settings": self.settings,
+                "state_dict": self.model.state_dict(),
+                "ema": average.module.state_dict() if average is not None else None,
+                "ema_updates": int(average.n_averaged) if average is not None else 0,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": rng,
+                **{key: getattr(self, key) for key in PROGRESS},
+            },
+        )
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from a checkpoint's state (the model's weights are loaded already)."""
-        missing = [key for key in ("settings", "optimizer", "schedule", "scaler", "rng", *PROGRESS) if key not in state]
+        missing = [
+            key
+            for key in ("settings", "optimizer", "schedule", "scaler", "rng", *PROGRESS)
+            if key not in state
+        ]
         if missing:
-            raise UserError(f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})")
+            raise UserError(
+                f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})"
+            )
         for key in ("rgb_norm", "wavelengths"):
             if state["data"].get(key) != self.data_facts[key]:
-                raise UserError(f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}")
+                raise UserError(
+                    f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}"
+                )
         common.restore(self.optimizer, self.scaler, state)
-        common.restore_schedule(self.schedule, state["schedule"], self.cfg.lr, self.cfg.weight_decay)
+        common.restore_schedule(
+            self.schedule, state["schedule"], self.cfg.lr, self.cfg.weight_decay
+        )
         if self.average is not None and state["ema"]:
             self.average.module.load_state_dict(state["ema"])
             self.average.n_averaged.fill_(state["ema_updates"])
@@ -385,11 +561,18 @@ class Run:
         for key in PROGRESS:
             setattr(self, key, state[key])
         if self.iteration > self.iterations:
-            raise UserError(f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now has "
-                            f"{self.iterations}; give the --iterations_per_epoch, --batch_size and ranks of that run")
-        if any(state["settings"][key] != getattr(self.cfg, key) for key in ("metric_floor", "val_crop_border")):
+            raise UserError(
+                f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now has "
+                f"{self.iterations}; give the --iterations_per_epoch, --batch_size and ranks of that run"
+            )
+        if any(
+            state["settings"][key] != getattr(self.cfg, key)
+            for key in ("metric_floor", "val_crop_border")
+        ):
             self.best, self.best_metrics = math.inf, {}  # of another measure
-        self.say(f"resumed: {path} at epoch {self.epoch}, iteration {self.iteration}, step {self.step}")
+        self.say(
+            f"resumed: {path} at epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
+        )
 
 
 def main() -> int:
@@ -398,7 +581,9 @@ def main() -> int:
     ranks, device = common.init_process_group(cfg.device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # few operators have no deterministic kernel: they are named
+        torch.use_deterministic_algorithms(
+            True, warn_only=True
+        )  # few operators have no deterministic kernel: they are named
     run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
     code = run.train()
     ranks.leave()

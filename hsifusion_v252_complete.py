@@ -61,36 +61,78 @@ class LightningProConfig:
 
     in_channels: int = opt(3, "channels of the input image", group="model")
     out_channels: int = opt(31, "bands of the output cube", group="model")
-    base_channels: int = opt(64, "channels at half resolution; coarser levels are wider", group="model")
-    depths: tuple[int, ...] = opt((2, 2, 2), "blocks per level; a decoder level has one less, at least one", group="model")
-    num_heads: tuple[int, ...] = opt((4, 4, 8), "attention heads per level, half of them spectral", group="model")
-    window_size: int = opt(8, "side of an attention window, tokens; windows overlap by a quarter", group="model")
+    base_channels: int = opt(
+        64, "channels at half resolution; coarser levels are wider", group="model"
+    )
+    depths: tuple[int, ...] = opt(
+        (2, 2, 2), "blocks per level; a decoder level has one less, at least one", group="model"
+    )
+    num_heads: tuple[int, ...] = opt(
+        (4, 4, 8), "attention heads per level, half of them spectral", group="model"
+    )
+    window_size: int = opt(
+        8, "side of an attention window, tokens; windows overlap by a quarter", group="model"
+    )
     mlp_ratio: float = opt(2.0, "hidden width of an MLP over its input width", group="model")
 
-    enable_spectral: bool = opt(True, "give half of the heads to spectral attention", group="model features")
-    use_sliding_window: bool = opt(True, "window attention; off: attention over the whole frame", group="model features")
-    use_sparse_attention: bool = opt(False, "whole-frame attention keeps the top tenth of keys", group="model features")
+    enable_spectral: bool = opt(
+        True, "give half of the heads to spectral attention", group="model features"
+    )
+    use_sliding_window: bool = opt(
+        True, "window attention; off: attention over the whole frame", group="model features"
+    )
+    use_sparse_attention: bool = opt(
+        False, "whole-frame attention keeps the top tenth of keys", group="model features"
+    )
     use_moe: bool = opt(False, "mixture of experts in place of the MLP", group="model features")
-    num_experts: int = opt(4, "experts of a mixture; each token goes to two", group="model features")
+    num_experts: int = opt(
+        4, "experts of a mixture; each token goes to two", group="model features"
+    )
     use_rope: bool = opt(True, "rotary positions in windows", group="model features")
-    use_channels_last: bool = opt(True, "convolutions and output in channels_last memory", group="model features")
-    use_cross_attention: bool = opt(False, "decoder attends to pooled skips", group="model features")
-    estimate_uncertainty: bool = opt(False, "also return a Laplace scale per value", group="model features")
+    use_channels_last: bool = opt(
+        True, "convolutions and output in channels_last memory", group="model features"
+    )
+    use_cross_attention: bool = opt(
+        False, "decoder attends to pooled skips", group="model features"
+    )
+    estimate_uncertainty: bool = opt(
+        False, "also return a Laplace scale per value", group="model features"
+    )
 
-    drop_path: float = opt(0.0, "chance to drop a block's branch, rising with depth", group="model regularisation")
+    drop_path: float = opt(
+        0.0, "chance to drop a block's branch, rising with depth", group="model regularisation"
+    )
     dropout: float = opt(0.0, "dropout inside MLPs", group="model regularisation")
-    auxiliary_loss_weight: float = opt(0.01, "weight of the experts' balancing loss", group="model regularisation")
-    min_input_size: int = opt(64, "smallest accepted height and width, pixels", group="model regularisation")
-    use_checkpoint: bool = opt(False, "recompute blocks in backward to save memory", group="model regularisation")
+    auxiliary_loss_weight: float = opt(
+        0.01, "weight of the experts' balancing loss", group="model regularisation"
+    )
+    min_input_size: int = opt(
+        64, "smallest accepted height and width, pixels", group="model regularisation"
+    )
+    use_checkpoint: bool = opt(
+        False, "recompute blocks in backward to save memory", group="model regularisation"
+    )
 
     def __post_init__(self) -> None:
         self.depths, self.num_heads = tuple(self.depths), tuple(self.num_heads)
-        for name in ("in_channels", "out_channels", "base_channels", "window_size", "min_input_size"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "base_channels",
+            "window_size",
+            "min_input_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
         levels = len(LEVEL_WIDTHS)
-        if len(self.depths) != levels or len(self.num_heads) != levels or min(*self.depths, *self.num_heads) < 1:
-            raise ValueError(f"depths {self.depths} and num_heads {self.num_heads}: give {levels} values of at least 1 each")
+        if (
+            len(self.depths) != levels
+            or len(self.num_heads) != levels
+            or min(*self.depths, *self.num_heads) < 1
+        ):
+            raise ValueError(
+                f"depths {self.depths} and num_heads {self.num_heads}: give {levels} values of at least 1 each"
+            )
         if self.enable_spectral and any(heads % 2 for heads in self.num_heads):
             raise ValueError(f"num_heads {self.num_heads}: must be even, half of them are spectral")
         if self.use_sparse_attention and self.use_sliding_window:
@@ -98,7 +140,9 @@ class LightningProConfig:
         if self.use_moe and self.num_experts < 2:
             raise ValueError(f"num_experts = {self.num_experts}: a mixture needs at least 2")
         if self.window_size < 4 or self.mlp_ratio <= 0:
-            raise ValueError(f"window_size {self.window_size} must be at least 4, mlp_ratio {self.mlp_ratio} above 0")
+            raise ValueError(
+                f"window_size {self.window_size} must be at least 4, mlp_ratio {self.mlp_ratio} above 0"
+            )
         for name in ("drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must lie in [0, 1)")
@@ -107,7 +151,10 @@ class LightningProConfig:
     def widths(self) -> list[int]:
         """Channels per level; a head's width is a multiple of 4, which 2-D rotary positions need."""
         sizes = [4 * heads for heads in self.num_heads]
-        return [max(1, round(self.base_channels * w / s)) * s for w, s in zip(LEVEL_WIDTHS, sizes, strict=True)]
+        return [
+            max(1, round(self.base_channels * w / s)) * s
+            for w, s in zip(LEVEL_WIDTHS, sizes, strict=True)
+        ]
 
 
 # --- layout ---------------------------------------------------------------------------------------------------------
@@ -127,8 +174,12 @@ def rotary_table(height: int, width: int, dim: int, device: torch.device | None 
     half of them by row, the second by column (2-D rotary position embedding, Su et al. 2021). Wavelengths run from 2 pi
     to about 100 tokens."""
     frequency = 16.0 ** -(torch.arange(dim // 4, device=device) / max(1, dim // 4))
-    rows = (torch.arange(height, device=device)[:, None] * frequency)[:, None].expand(height, width, -1)
-    columns = (torch.arange(width, device=device)[:, None] * frequency)[None].expand(height, width, -1)
+    rows = (torch.arange(height, device=device)[:, None] * frequency)[:, None].expand(
+        height, width, -1
+    )
+    columns = (torch.arange(width, device=device)[:, None] * frequency)[None].expand(
+        height, width, -1
+    )
     angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     return torch.stack([angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=-1)])
 
@@ -149,7 +200,9 @@ def extract_windows(x: Tensor, window: int, stride: int, groups: int = 1) -> Ten
     """(B, H, W, C) -> (groups, B, rows, columns, window, window, C / groups): overlapping windows, zeros past the right
     and bottom. Needs window <= 2 stride: a window is its own `stride` tokens and the first of the next one's."""
     rows, columns = (window_count(side, window, stride) for side in x.shape[1:3])
-    x = F.pad(x, (0, 0, 0, (columns + 1) * stride - x.shape[2], 0, (rows + 1) * stride - x.shape[1]))
+    x = F.pad(
+        x, (0, 0, 0, (columns + 1) * stride - x.shape[2], 0, (rows + 1) * stride - x.shape[1])
+    )
     x = x.unflatten(1, (-1, stride))
     x = torch.cat([x[:, :-1], x[:, 1:, : window - stride]], dim=2)  # B, rows, window, W, C
     x = x.unflatten(3, (-1, stride)).unflatten(5, (groups, -1)).permute(5, 0, 1, 3, 2, 4, 6)
@@ -173,13 +226,17 @@ def add_windows(x: Tensor, stride: int) -> Tensor:
     groups, batch, rows, columns, window = x.shape[:5]
     x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
     x = _merge_axis(x, stride)  # rows of tokens x (columns, window, groups, D)
-    return _merge_axis(x.reshape(batch * x.shape[1], columns, window, -1), stride).unflatten(0, (batch, -1))
+    return _merge_axis(x.reshape(batch * x.shape[1], columns, window, -1), stride).unflatten(
+        0, (batch, -1)
+    )
 
 
 def merge_windows(x: Tensor, height: int, width: int, stride: int) -> Tensor:
     """(groups, B, rows, columns, window, window, D) -> (B, height, width, groups D): the mean over the windows that cover
     a token."""
-    return add_windows(x, stride)[:, :height, :width] / coverage(height, width, x.shape[4], stride, x)
+    return add_windows(x, stride)[:, :height, :width] / coverage(
+        height, width, x.shape[4], stride, x
+    )
 
 
 def coverage(height: int, width: int, window: int, stride: int, like: Tensor) -> Tensor:
@@ -214,15 +271,22 @@ class WindowAttention(nn.Module):
         if rows >= height:
             total = self.one_strip(x)[:, :height, :width]
         else:
-            total, strip = x.new_zeros(len(x), height, width, self.heads * self.head_dim), max(1, rows // stride)
+            total, strip = (
+                x.new_zeros(len(x), height, width, self.heads * self.head_dim),
+                max(1, rows // stride),
+            )
             for top in range(0, window_count(height, window, stride) * stride, strip * stride):
-                part = self.one_strip(x[:, top : top + (strip - 1) * stride + window])[:, : height - top, :width]
+                part = self.one_strip(x[:, top : top + (strip - 1) * stride + window])[
+                    :, : height - top, :width
+                ]
                 total[:, top : top + part.shape[1]] += part
         return total / coverage(height, width, window, stride, total)
 
     def one_strip(self, x: Tensor) -> Tensor:
         """The sum over windows of their attention, (B, H, W, width) as far as they reach."""
-        q, k, v = extract_windows(self.qkv(x), self.window, self.stride, 3 * self.heads).unflatten(0, (3, -1))
+        q, k, v = extract_windows(self.qkv(x), self.window, self.stride, 3 * self.heads).unflatten(
+            0, (3, -1)
+        )
         shape = v.shape
         q, k, v = (t.reshape(self.heads, -1, self.window**2, self.head_dim) for t in (q, k, v))
         if self.use_rope:
@@ -232,7 +296,9 @@ class WindowAttention(nn.Module):
 
     def padding_mask(self, x: Tensor) -> Tensor | None:
         """True where a window's key is a token of the frame, (1, windows, 1, keys); None where all are."""
-        if all((side - self.window) % self.stride == 0 and side >= self.window for side in x.shape[1:3]):
+        if all(
+            (side - self.window) % self.stride == 0 and side >= self.window for side in x.shape[1:3]
+        ):
             return None
         inside = torch.ones(1, *x.shape[1:3], 1, dtype=torch.bool, device=x.device)
         mask = extract_windows(inside, self.window, self.stride).reshape(1, -1, 1, self.window**2)
@@ -240,13 +306,17 @@ class WindowAttention(nn.Module):
 
     def whole_frame(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).reshape(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         if self.use_rope:
             table = rotary_table(height, width, self.head_dim, x.device)
             q, k = rotate(q, table), rotate(k, table)
         if self.sparse:
             flat = (t.flatten(0, 1) for t in (q, k, v))
-            out = sparse_attention_topk_streaming(*flat, max_tokens=height * width).unflatten(0, (batch, self.heads))
+            out = sparse_attention_topk_streaming(*flat, max_tokens=height * width).unflatten(
+                0, (batch, self.heads)
+            )
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).reshape(batch, height, width, -1)
@@ -259,15 +329,31 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_q, self.to_kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.to_q, self.to_kv, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         side = (min(CONTEXT_SIDE, height), min(CONTEXT_SIDE, width))
         context = F.adaptive_avg_pool2d(skip.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
-        q = self.to_q(self.norm(x)).reshape(batch, -1, self.heads, dim // self.heads).transpose(1, 2)
-        k, v = self.to_kv(self.norm_context(context)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
+        q = (
+            self.to_q(self.norm(x))
+            .reshape(batch, -1, self.heads, dim // self.heads)
+            .transpose(1, 2)
+        )
+        k, v = (
+            self.to_kv(self.norm_context(context))
+            .unflatten(-1, (2, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        out = (
+            F.scaled_dot_product_attention(q, k, v)
+            .transpose(1, 2)
+            .reshape(batch, height, width, dim)
+        )
         return x + self.proj(out)
 
 
@@ -297,8 +383,14 @@ class MixtureOfExperts(nn.Module):
         hidden = int(dim * config.mlp_ratio)
         self.router = nn.Linear(dim, config.num_experts)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, dim))
-            for _ in range(config.num_experts))
+            nn.Sequential(
+                nn.Linear(dim, hidden),
+                nn.GELU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(hidden, dim),
+            )
+            for _ in range(config.num_experts)
+        )
         self.balance: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,21 +401,29 @@ class MixtureOfExperts(nn.Module):
         out = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             token, slot = (chosen == index).nonzero(as_tuple=True)
-            mine = expert(tokens[token]) * weight[token, slot, None]  # no token: zeros for gradients, so DDP is content
+            mine = (
+                expert(tokens[token]) * weight[token, slot, None]
+            )  # no token: zeros for gradients, so DDP is content
             out = out.index_add(0, token, mine.to(out.dtype))
         share = F.one_hot(chosen, len(self.experts)).float().mean(dim=(0, 1))
-        self.balance = len(self.experts) * (share * probability.mean(dim=0)).sum()  # Fedus et al. 2021, 1 when even
+        self.balance = (
+            len(self.experts) * (share * probability.mean(dim=0)).sum()
+        )  # Fedus et al. 2021, 1 when even
         return out.view_as(x)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"balance": None}  # a tensor inside a graph can't be copied or pickled
+        return self.__dict__ | {
+            "balance": None
+        }  # a tensor inside a graph can't be copied or pickled
 
 
 class LightningProBlock(nn.Module):
     """Norm, attention, residual; norm, MLP or experts, residual. Half of the heads attend in space and half between
     channels, so the block costs as much as one attention."""
 
-    def __init__(self, config: LightningProConfig, dim: int, heads: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: LightningProConfig, dim: int, heads: int, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         spectral = heads // 2 if config.enable_spectral else 0
         spatial_dim = dim * (heads - spectral) // heads
@@ -356,7 +456,11 @@ class TokenGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.num_groups, -1))
-        return torch.addcmul(self.bias, F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2), self.weight)
+        return torch.addcmul(
+            self.bias,
+            F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2),
+            self.weight,
+        )
 
 
 class HSIFusionNet(nn.Module):
@@ -370,45 +474,77 @@ class HSIFusionNet(nn.Module):
         rates = (config.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
 
         def stage(level: int, depth: int) -> nn.Sequential:
-            return nn.Sequential(*(LightningProBlock(config, widths[level], config.num_heads[level], next(rates))
-                                   for _ in range(depth)))
+            return nn.Sequential(
+                *(
+                    LightningProBlock(config, widths[level], config.num_heads[level], next(rates))
+                    for _ in range(depth)
+                )
+            )
 
         self.direct = nn.Linear(config.in_channels, config.out_channels)
         self.consistency = CameraConsistency(config.in_channels, config.out_channels)
         self.stem = nn.Linear(4 * colours, widths[0])
         self.stem_mix = nn.Conv2d(widths[0], widths[0], 3, padding=1, groups=widths[0])
         self.encoder = nn.ModuleList(stage(i, config.depths[i]) for i in range(levels))
-        self.decoder = nn.ModuleList(stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1))
+        self.decoder = nn.ModuleList(
+            stage(i, max(1, config.depths[i] - 1)) for i in range(levels - 2, -1, -1)
+        )
         self.down, self.up, self.fuse, self.cross = (nn.ModuleList() for _ in range(4))
         for i in range(levels - 1):
-            self.down.append(nn.Sequential(TokenGroupNorm(4, 4 * widths[i]), nn.Linear(4 * widths[i], widths[i + 1])))
+            self.down.append(
+                nn.Sequential(
+                    TokenGroupNorm(4, 4 * widths[i]), nn.Linear(4 * widths[i], widths[i + 1])
+                )
+            )
         for i in range(levels - 2, -1, -1):
-            self.up.append(nn.Sequential(TokenGroupNorm(4, widths[i + 1]), nn.Linear(widths[i + 1], 4 * widths[i])))
+            self.up.append(
+                nn.Sequential(
+                    TokenGroupNorm(4, widths[i + 1]), nn.Linear(widths[i + 1], 4 * widths[i])
+                )
+            )
             self.fuse.append(nn.Linear(2 * widths[i], widths[i]))
             if config.use_cross_attention:
                 self.cross.append(CrossAttention(widths[i], config.num_heads[i]))
-        self.to_pixels = nn.Sequential(TokenGroupNorm(4, widths[0]), nn.Linear(widths[0], 4 * PIXEL_CHANNELS))
+        self.to_pixels = nn.Sequential(
+            TokenGroupNorm(4, widths[0]), nn.Linear(widths[0], 4 * PIXEL_CHANNELS)
+        )
         self.pixel_in = nn.Conv2d(colours, PIXEL_CHANNELS, 3, padding=1)
         self.pixel_mix = nn.Linear(PIXEL_CHANNELS, PIXEL_CHANNELS)
         rank = min(config.out_channels, BASIS_RANK)
-        self.head = nn.Linear(PIXEL_CHANNELS, 2 * rank)  # coefficients of the gain's logarithm, and of the added term
-        self.basis = nn.Parameter(smooth_basis(config.out_channels, rank) * 0.5 * math.sqrt(config.out_channels / rank))
-        nn.init.zeros_(self.head.weight)  # the start is the linear path alone; the head's gradient is not zero
+        self.head = nn.Linear(
+            PIXEL_CHANNELS, 2 * rank
+        )  # coefficients of the gain's logarithm, and of the added term
+        self.basis = nn.Parameter(
+            smooth_basis(config.out_channels, rank) * 0.5 * math.sqrt(config.out_channels / rank)
+        )
+        nn.init.zeros_(
+            self.head.weight
+        )  # the start is the linear path alone; the head's gradient is not zero
         nn.init.zeros_(self.head.bias)
         if config.estimate_uncertainty:
             self.scale_head = nn.Linear(PIXEL_CHANNELS, config.out_channels)
-            nn.init.constant_(self.scale_head.bias, math.log(math.expm1(0.1)))  # a tenth of the intensity
+            nn.init.constant_(
+                self.scale_head.bias, math.log(math.expm1(0.1))
+            )  # a tenth of the intensity
 
     def forward(self, rgb: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """rgb (B, in, H, W) in any memory layout -> cube (B, out, H, W), unclamped; with `estimate_uncertainty` also
         the scale b > 0 of a Laplace distribution around each value. Raises ValueError for a wrong or too small input."""
         config = self.config
-        if rgb.ndim != 4 or rgb.shape[1] != config.in_channels or min(rgb.shape[2:]) < config.min_input_size:
-            raise ValueError(f"input {tuple(rgb.shape)}: need (B, {config.in_channels}, H, W) with sides of at least "
-                             f"min_input_size = {config.min_input_size}")
+        if (
+            rgb.ndim != 4
+            or rgb.shape[1] != config.in_channels
+            or min(rgb.shape[2:]) < config.min_input_size
+        ):
+            raise ValueError(
+                f"input {tuple(rgb.shape)}: need (B, {config.in_channels}, H, W) with sides of at least "
+                f"min_input_size = {config.min_input_size}"
+            )
         x = rgb.permute(0, 2, 3, 1).contiguous()
         colour = colour_features(x)
-        outputs = pixels_in_strips(self.bands, x, colour, self.trunk(colour), channels=config.out_channels)
+        outputs = pixels_in_strips(
+            self.bands, x, colour, self.trunk(colour), channels=config.out_channels
+        )
         outputs = [y.permute(0, 3, 1, 2) for y in outputs]
         outputs = outputs if config.use_channels_last else [y.contiguous() for y in outputs]
         return tuple(outputs) if config.estimate_uncertainty else outputs[0]
@@ -419,13 +555,23 @@ class HSIFusionNet(nn.Module):
         guide = depth_to_space(self.to_pixels(features), *x.shape[1:3])
         pixels = F.gelu(convolve(self.pixel_in, colour, self.config.use_channels_last) + guide)
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        with torch.autocast(x.device.type, enabled=False):  # the last sum decides the error of dark pixels
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # the last sum decides the error of dark pixels
             pixels, x = pixels.to(self.head.weight.dtype), x.to(self.head.weight.dtype)
-            spectra = torch.block_diag(self.basis, self.basis)  # one product over the pixels, not two
-            gain, term = F.linear(pixels, spectra @ self.head.weight, spectra @ self.head.bias).chunk(2, dim=-1)
+            spectra = torch.block_diag(
+                self.basis, self.basis
+            )  # one product over the pixels, not two
+            gain, term = F.linear(
+                pixels, spectra @ self.head.weight, spectra @ self.head.bias
+            ).chunk(2, dim=-1)
             intensity = brightness(x)
-            outputs = [self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term]
-            if not self.training:  # and only once there is something to correct: the start is the linear path
+            outputs = [
+                self.direct(x) * gain.clamp(-GAIN_LIMIT, GAIN_LIMIT).exp() + intensity * term
+            ]
+            if (
+                not self.training
+            ):  # and only once there is something to correct: the start is the linear path
                 outputs[0] = outputs[0] + self.consistency(outputs[0], x) * self.head.weight.any()
             if self.config.estimate_uncertainty:
                 outputs.append(intensity * F.softplus(self.scale_head(pixels.detach())) + 1e-4)
@@ -435,13 +581,22 @@ class HSIFusionNet(nn.Module):
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
         width = self.stem.out_features
         x = in_strips(lambda colour: self.stem(space_to_depth(colour)), colour, channels=width)
-        x = in_strips(lambda x: x + convolve(self.stem_mix, x, self.config.use_channels_last), x, channels=width, halo=1)
+        x = in_strips(
+            lambda x: x + convolve(self.stem_mix, x, self.config.use_channels_last),
+            x,
+            channels=width,
+            halo=1,
+        )
         skips = []
         for level, stage in enumerate(self.encoder):
             x = self.run(stage, x)
             if level < len(self.down):
                 skips.append(x)
-                x = in_strips(lambda x, down=self.down[level]: down(space_to_depth(x)), x, channels=2 * x.shape[3])
+                x = in_strips(
+                    lambda x, down=self.down[level]: down(space_to_depth(x)),
+                    x,
+                    channels=2 * x.shape[3],
+                )
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
             x = depth_to_space(self.up[step](x), *skip.shape[1:3])
@@ -467,7 +622,11 @@ class HSIFusionNet(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """The experts' balancing loss of the last forward, weighted; zero without experts."""
-        balances = [m.balance for m in self.modules() if isinstance(m, MixtureOfExperts) and m.balance is not None]
+        balances = [
+            m.balance
+            for m in self.modules()
+            if isinstance(m, MixtureOfExperts) and m.balance is not None
+        ]
         if not balances:
             return self.head.bias.new_zeros(())
         return self.config.auxiliary_loss_weight * torch.stack(balances).mean()
@@ -489,12 +648,21 @@ def create_hsifusion_lightning_pro(
         raise ValueError(f"model_size {model_size!r}: choose from {', '.join(SIZES)}")
     unknown = sorted(set(overrides) - set(LightningProConfig.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"unknown settings {', '.join(unknown)}; LightningProConfig lists the known ones")
-    settings = {**SIZES[model_size], "in_channels": in_channels, "out_channels": out_channels, **overrides}
+        raise ValueError(
+            f"unknown settings {', '.join(unknown)}; LightningProConfig lists the known ones"
+        )
+    settings = {
+        **SIZES[model_size],
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        **overrides,
+    }
     return HSIFusionNet(LightningProConfig(**settings))
 
 
 def from_pretrained(path: str, ema: bool = True) -> HSIFusionNet:
     """Model and weights from a checkpoint of the trainer (.ckpt or .safetensors), the averaged weights where there are
     any and `ema` is on. Raises UserError for a file that is none."""
-    return build_from_checkpoint(path, "hsifusion", lambda **config: HSIFusionNet(LightningProConfig(**config)), ema)
+    return build_from_checkpoint(
+        path, "hsifusion", lambda **config: HSIFusionNet(LightningProConfig(**config)), ema
+    )

@@ -23,7 +23,18 @@ from camera_colour import cube_to_srgb
 from common_utils_v32 import UserError, atomic_write, write_json, write_text
 from cube_files import blocks
 
-COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal intervals of the calibration
+COVERAGES = (
+    10,
+    20,
+    30,
+    40,
+    50,
+    60,
+    70,
+    80,
+    90,
+    95,
+)  # percent, nominal intervals of the calibration
 
 
 # Of (C, H, W) or (1, C, H, W) tensors in any memory layout, in float64, as defined by the NTIRE 2022 spectral reconstruction
@@ -31,7 +42,9 @@ COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal interva
 def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     pred, target = pred.detach().double(), target.detach().double()
     if pred.shape != target.shape:
-        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")
+        raise ValueError(
+            f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape"
+        )
     return (pred[0], target[0]) if pred.ndim == 4 else (pred, target)
 
 
@@ -73,7 +86,9 @@ def ergas(pred: Tensor, target: Tensor) -> float:
 def ssim(pred: Tensor, target: Tensor) -> float:
     """Structural similarity, 11x11 Gaussian window, peak 1, mean over bands (torchmetrics)."""
     try:
-        from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
+        from torchmetrics.functional.image import (
+            structural_similarity_index_measure as torchmetrics_ssim,
+        )
     except ImportError:
         raise UserError("SSIM needs torchmetrics: pip install -r requirements-extra.txt") from None
     pred, target = (x[None].float().contiguous().clamp(0, 1) for x in _pair(pred, target))
@@ -90,16 +105,30 @@ def centre_crop(x: Tensor, border: int = 128) -> Tensor:
     height, width = x.shape[-2:]
     bh, bw = crop_border(height, width, border)
     if border < 0 or 2 * bh >= height or 2 * bw >= width:
-        raise UserError(f"a crop border of {border} px of a frame of {height} x {width}: give one from 0 to what leaves pixels")
+        raise UserError(
+            f"a crop border of {border} px of a frame of {height} x {width}: give one from 0 to what leaves pixels"
+        )
     return x[..., bh : height - bh, bw : width - bw]
 
 
-def scene_metrics(pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: int = 128, with_ssim: bool = False) -> dict:
+def scene_metrics(
+    pred: Tensor, target: Tensor, *, floor: float = 1e-6, border: int = 128, with_ssim: bool = False
+) -> dict:
     """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with floors 0.01 and 1e-6 too."""
     result: dict[str, Any] = {}
-    for suffix, p, t in (("", centre_crop(pred, border), centre_crop(target, border)), ("_full", pred, target)):
-        scores = {"mrae": mrae(p, t, floor), "rmse": rmse(p, t), "psnr": psnr(p, t), "sam": sam(p, t), "ergas": ergas(p, t),
-                  "mrae_floor_0.01": mrae(p, t, 0.01), "mrae_floor_1e-06": mrae(p, t, 1e-6)}
+    for suffix, p, t in (
+        ("", centre_crop(pred, border), centre_crop(target, border)),
+        ("_full", pred, target),
+    ):
+        scores = {
+            "mrae": mrae(p, t, floor),
+            "rmse": rmse(p, t),
+            "psnr": psnr(p, t),
+            "sam": sam(p, t),
+            "ergas": ergas(p, t),
+            "mrae_floor_0.01": mrae(p, t, 0.01),
+            "mrae_floor_1e-06": mrae(p, t, 1e-6),
+        }
         if with_ssim:
             scores["ssim"] = ssim(p, t)
         result |= {name + suffix: value for name, value in scores.items()}
@@ -110,28 +139,44 @@ def per_band_metrics(pred: Tensor, target: Tensor, floor: float = 1e-6) -> dict[
     """MRAE, RMSE, PSNR, ERGAS and SSIM of every band (one band has no spectral angle)."""
     bands = [(p[None], t[None]) for p, t in zip(*_pair(pred, target), strict=True)]
     return {"mrae": [mrae(*band, floor) for band in bands]} | {
-        metric.__name__: [metric(*band) for band in bands] for metric in (rmse, psnr, ergas, ssim)}
+        metric.__name__: [metric(*band) for band in bands] for metric in (rmse, psnr, ergas, ssim)
+    }
 
 
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:
     """Mean over scenes of every number that scene_metrics gives; a black scene has no angle and is left out of SAM's."""
-    columns = {name: [scene[name] for scene in scenes] for name, value in scenes[0].items() if isinstance(value, float)}
-    return {name: float((np.nanmean if name.startswith("sam") else np.mean)(column)) for name, column in columns.items()}
+    columns = {
+        name: [scene[name] for scene in scenes]
+        for name, value in scenes[0].items()
+        if isinstance(value, float)
+    }
+    return {
+        name: float((np.nanmean if name.startswith("sam") else np.mean)(column))
+        for name, column in columns.items()
+    }
 
 
-def bootstrap_interval(values: list[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: list[float], samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over scenes; a NaN (SAM of a scene without a lit pixel) is left out."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     if not len(values):
         return math.nan, math.nan
-    draws = values[np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    draws = values[
+        np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
+    ].mean(axis=1)
     return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
 
 
-def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float], title: str = "RGB") -> Any:
+def scene_figure(
+    rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float], title: str = "RGB"
+) -> Any:
     """A matplotlib figure of one scene, all (C, H, W): a picture, the prediction rendered, its error, and spectra."""
-    from matplotlib.figure import Figure  # no pyplot: it would choose a backend for the whole process
+    from matplotlib.figure import (
+        Figure,
+    )  # no pyplot: it would choose a backend for the whole process
 
     figure = Figure(figsize=(16, 4), layout="constrained")
     axes = figure.subplots(1, 4)
@@ -154,13 +199,18 @@ def scene_figure(rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[fl
 @contextmanager
 def figure(path: str | Path, columns: int, width: float, height: float) -> Iterator[np.ndarray]:
     """Axes in a row to draw on; written as PNG in the end."""
-    from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the whole process
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot, which chooses a backend for the whole process
+
     sheet = Figure(figsize=(width, height), layout="constrained")
     yield sheet.subplots(1, columns, squeeze=False)[0]
     atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
 
 
-def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]) -> None:
+def write_preview(
+    stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]
+) -> None:
     """_preview.png (sRGB by the CIE 1964 observer), _bands.png (a montage), _spectra.png at points (x, y)."""
     (bands, height, width), columns = cube.shape, math.ceil(math.sqrt(len(cube)))
     step, rows = math.ceil(max(height, width) / 2048), math.ceil(bands / columns)
@@ -174,30 +224,45 @@ def write_preview(stem: Path, cube: np.ndarray, wavelengths: list[float], points
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=float(np.percentile(small[:bands], 99.5)))
         axis.set(xticks=[], yticks=[])
         for i, wavelength in enumerate(wavelengths):
-            axis.text(i % columns * w, i // columns * h, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
+            axis.text(
+                i % columns * w,
+                i // columns * h,
+                f"{wavelength:g} nm",
+                color="w",
+                backgroundcolor="k",
+                va="top",
+            )
     with figure(f"{stem}_spectra.png", 2, 10, 4) as (left, right):
         left.imshow(picture)
         left.set(xticks=[], yticks=[])
-        for x, y in points or [(width * c // 6, height * r // 4) for r in (1, 3) for c in (1, 3, 5)]:
+        for x, y in points or [
+            (width * c // 6, height * r // 4) for r in (1, 3) for c in (1, 3, 5)
+        ]:
             (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
             left.plot(x / step, y / step, "o", color=line.get_color(), markeredgecolor="white")
         right.set(xlabel="wavelength, nm")
         right.legend(fontsize=8)
 
 
-def laplace_calibration(pred: Tensor, target: Tensor, scale: Tensor) -> tuple[dict[str, float], list[list[float]]]:
+def laplace_calibration(
+    pred: Tensor, target: Tensor, scale: Tensor
+) -> tuple[dict[str, float], list[list[float]]]:
     """How far the scale of a Laplace distribution, P(|error| <= t) = 1 - exp(-t / scale), tells the error: the shares of
     values inside the intervals of COVERAGES, and [mean scales, mean absolute errors] of ten parts, the surest first."""
     error = (pred - target).abs()
     ratio, tenths = error / scale, scale.flatten().argsort().tensor_split(10)
-    inside = {f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES}
+    inside = {
+        f"coverage_{p}": float((ratio <= -math.log(1 - p / 100)).double().mean()) for p in COVERAGES
+    }
     return inside, [[float(x.flatten()[part].mean()) for part in tenths] for x in (scale, error)]
 
 
 def scene_bands(pred: Tensor, target: Tensor, floor: float) -> dict[str, list[float]]:
     """per_band_metrics of the centre crop, and with `_full` of the whole frame."""
     bands = per_band_metrics(centre_crop(pred), centre_crop(target), floor)
-    return bands | {f"{key}_full": values for key, values in per_band_metrics(pred, target, floor).items()}
+    return bands | {
+        f"{key}_full": values for key, values in per_band_metrics(pred, target, floor).items()
+    }
 
 
 def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
@@ -205,20 +270,33 @@ def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
 
     records: one of each scene, its metrics and `bands`, `seconds`, `tile`, `reliability`. facts: what else the summary says;
     `wavelengths` and `metric_floor` are needed. The cubes of the scenes are in <folder>/hsi."""
-    bands, seconds, tiles, reliability = ([record.pop(key) for record in records]
-                                          for key in ("bands", "seconds", "tile", "reliability"))
+    bands, seconds, tiles, reliability = (
+        [record.pop(key) for record in records]
+        for key in ("bands", "seconds", "tile", "reliability")
+    )
     mean = {key: value for key, value in mean_metrics(records).items() if key != "metric_floor"}
     ordered = [record["scene_id"] for record in sorted(records, key=lambda record: record["mrae"])]
     summary = facts | {
         "tile": min(filter(None, tiles), default=None),  # None: whole frames
-        "scenes": len(records), "border": records[0]["border"], "mean": mean,
-        "interval_95": {key: bootstrap_interval([record[key] for record in records]) for key in mean},
+        "scenes": len(records),
+        "border": records[0]["border"],
+        "mean": mean,
+        "interval_95": {
+            key: bootstrap_interval([record[key] for record in records]) for key in mean
+        },
         "per_band": {key: np.mean([b[key] for b in bands], 0).tolist() for key in bands[0]},
-        "seconds_per_frame": float(np.median(seconds)), "best": ordered[0], "worst": ordered[-1],
+        "seconds_per_frame": float(np.median(seconds)),
+        "best": ordered[0],
+        "worst": ordered[-1],
     }
     if reliability[0]:
-        summary["calibration"] = dict(zip(("scale", "mean_absolute_error"), np.mean(reliability, 0).tolist(), strict=True))
-    cells = [records[0], *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records)]
+        summary["calibration"] = dict(
+            zip(("scale", "mean_absolute_error"), np.mean(reliability, 0).tolist(), strict=True)
+        )
+    cells = [
+        records[0],
+        *([f'"{v}"' if "," in str(v) else str(v) for v in record.values()] for record in records),
+    ]
     write_text(folder / "metrics.csv", "".join(",".join(row) + "\n" for row in cells))
     write_json(folder / "summary.json", summary)
     for rank in ("best", "worst"):
@@ -229,21 +307,33 @@ def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
 
 def write_scene_figure(folder: Path, scene: str, name: str, wavelengths: list[float]) -> None:
     """figures/<name>.png of a scene whose cubes are in <folder>/hsi."""
-    cube, target = (torch.from_numpy(np.load(folder / "hsi" / f"{scene}{end}.npy")) for end in ("", "_target"))
-    seen = torch.from_numpy(cube_to_srgb(target.movedim(0, -1).numpy(), wavelengths)).movedim(-1, 0) / 255
+    cube, target = (
+        torch.from_numpy(np.load(folder / "hsi" / f"{scene}{end}.npy")) for end in ("", "_target")
+    )
+    seen = (
+        torch.from_numpy(cube_to_srgb(target.movedim(0, -1).numpy(), wavelengths)).movedim(-1, 0)
+        / 255
+    )
     sheet = scene_figure(seen, cube, target, wavelengths, f"{scene}, measured")
     atomic_write(folder / "figures" / f"{name}.png", partial(sheet.savefig, format="png", dpi=110))
 
 
 def write_curves(path: Path, summary: dict) -> None:
     """Metrics per band, and the calibration where there is one."""
-    inside = {p: 100 * summary["mean"][f"coverage_{p}"] for p in COVERAGES if f"coverage_{p}" in summary["mean"]}
+    inside = {
+        p: 100 * summary["mean"][f"coverage_{p}"]
+        for p in COVERAGES
+        if f"coverage_{p}" in summary["mean"]
+    }
     with figure(path, 5, 20, 3.6) as axes:
         for axis, (key, values) in zip(axes[:3], summary["per_band"].items(), strict=False):
             axis.plot(summary["wavelengths"], values, marker=".")
             axis.set(xlabel="wavelength, nm", title=f"{key.upper()} per band")
         axes[3].plot([0, 100], [0, 100], "k:", list(inside), list(inside.values()), "o-")
-        axes[3].set(xlabel="nominal interval, %", title="values inside, %" if inside else "no calibration: no scale")
+        axes[3].set(
+            xlabel="nominal interval, %",
+            title="values inside, %" if inside else "no calibration: no scale",
+        )
         if "calibration" in summary:
             scale, error = summary["calibration"].values()
             axes[4].loglog(scale, scale, "k:", scale, error, "o-")
@@ -253,7 +343,9 @@ def write_curves(path: Path, summary: dict) -> None:
 def markdown_table(rows: list[dict]) -> str:
     """One line for each row, floats with four digits."""
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    cells = ([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in line] for line in lines)
+    cells = (
+        [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in line] for line in lines
+    )
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
@@ -261,13 +353,25 @@ def report(summaries: list[dict], stress: list[dict], output: Path) -> None:
     """table.md, for several models summary.json, and stress.* where there are rows of it; tables are printed too."""
     rows, first = [], summaries[0]
     for s in summaries:
-        rows.append({"model": f"{s['name']} ({s['weights']} weights, rgb {s['rgb_norm']}{', 8 views' * s['ensemble']})"} | {
-            key: "{:.4f} [{:.4f}, {:.4f}]".format(s["mean"][key], *s["interval_95"][key])
-            for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")} | {
-            "params M": f"{s['parameters'] / 1e6:.2f}", "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",
-            "s/frame": f"{s['seconds_per_frame']:.3f}", "peak MB": f"{s['peak_memory_mb']:.0f}"})
-    header = (f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
-              f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}")
+        rows.append(
+            {
+                "model": f"{s['name']} ({s['weights']} weights, rgb {s['rgb_norm']}{', 8 views' * s['ensemble']})"
+            }
+            | {
+                key: "{:.4f} [{:.4f}, {:.4f}]".format(s["mean"][key], *s["interval_95"][key])
+                for key in ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")
+            }
+            | {
+                "params M": f"{s['parameters'] / 1e6:.2f}",
+                "GMAC 256x256": f"{s['macs_256'] / 1e9:.2f}",
+                "s/frame": f"{s['seconds_per_frame']:.3f}",
+                "peak MB": f"{s['peak_memory_mb']:.0f}",
+            }
+        )
+    header = (
+        f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], {first['border']} px of border "
+        f"left out (`_full`: none), MRAE floor {first['metric_floor']:g}"
+    )
     text = f"{header}\n\n{markdown_table(rows)}"
     write_text(output / "table.md", text)
     print(text)
@@ -278,7 +382,9 @@ def report(summaries: list[dict], stress: list[dict], output: Path) -> None:
         write_text(output / "stress.md", f"{header}, rgb_norm {norms}\n\n{markdown_table(stress)}")
         write_json(output / "stress.json", {"metric_floor": first["metric_floor"], "rows": stress})
         print(markdown_table(stress))
-        write_stress_figure(output / "figures" / "stress.png", [s["name"] for s in summaries], stress)
+        write_stress_figure(
+            output / "figures" / "stress.png", [s["name"] for s in summaries], stress
+        )
 
 
 def write_stress_figure(path: Path, names: list[str], stress: list[dict]) -> None:

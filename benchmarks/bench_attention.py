@@ -28,18 +28,30 @@ from sharp_v322_hardened import sparse_attention_topk_streaming  # noqa: E402
 HEADS, WIDTH, RATIO = 4, 32, 0.9
 # name, shape of the frame, mode; a bar is (figure, limit)
 CASES = {
-    "dense 4096": ((64, 64), "dense"), "topk 4096": ((64, 64), "topk"), "block 4096": ((64, 64), "block"),
-    "dense 16384": ((128, 128), "dense"), "block 16384": ((128, 128), "block"),
-    "local 65536": ((256, 256), "local"), "local 246784": ((482, 512), "local"),
+    "dense 4096": ((64, 64), "dense"),
+    "topk 4096": ((64, 64), "topk"),
+    "block 4096": ((64, 64), "block"),
+    "dense 16384": ((128, 128), "dense"),
+    "block 16384": ((128, 128), "block"),
+    "local 65536": ((256, 256), "local"),
+    "local 246784": ((482, 512), "local"),
 }
 QUICK = {
-    "dense 4096": ((16, 16), "dense"), "topk 4096": ((16, 16), "topk"), "block 4096": ((16, 16), "block"),
-    "dense 16384": ((32, 32), "dense"), "block 16384": ((32, 32), "block"),
-    "local 65536": ((32, 32), "local"), "local 246784": ((60, 64), "local"),
+    "dense 4096": ((16, 16), "dense"),
+    "topk 4096": ((16, 16), "topk"),
+    "block 4096": ((16, 16), "block"),
+    "dense 16384": ((32, 32), "dense"),
+    "block 16384": ((32, 32), "block"),
+    "local 65536": ((32, 32), "local"),
+    "local 246784": ((60, 64), "local"),
 }
 BARS = {
-    "time topk / dense, 4096": 4.0, "extra memory topk 4096, MiB": 64.0, "time block / dense, 4096": 0.4,
-    "time block / dense, 16384": 0.25, "time local 246784 / 65536": 4.2, "memory local 246784 / 65536": 4.2,
+    "time topk / dense, 4096": 4.0,
+    "extra memory topk 4096, MiB": 64.0,
+    "time block / dense, 4096": 0.4,
+    "time block / dense, 16384": 0.25,
+    "time local 246784 / 65536": 4.2,
+    "memory local 246784 / 65536": 4.2,
 }
 
 
@@ -52,9 +64,11 @@ def make_case(shape, mode, device):
     def run():
         if mode == "dense":
             out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        elif mode == "local":                          # the fallback of top-k above max_tokens
-            out = sparse_attention_topk_streaming(q, k, v, RATIO, max_tokens=64, spatial_shape=shape)
-        else:                                          # no cap: the ratio alone says how many keys
+        elif mode == "local":  # the fallback of top-k above max_tokens
+            out = sparse_attention_topk_streaming(
+                q, k, v, RATIO, max_tokens=64, spatial_shape=shape
+            )
+        else:  # no cap: the ratio alone says how many keys
             out = sparse_attention_topk_streaming(q, k, v, RATIO, sparse_mode=mode, k_cap=n)
         torch.autograd.grad(out, (q, k, v), grad)
 
@@ -78,7 +92,7 @@ def resident_mib() -> float:
 
 def measure_memory(shape, mode, device) -> float:
     """Extra peak in MiB of the first run: a thread samples the resident size every millisecond."""
-    small = make_case((16, 16), mode, device)          # loads libraries and kernels
+    small = make_case((16, 16), mode, device)  # loads libraries and kernels
     small()
     run = make_case(shape, mode, device)
     if device == "cuda":
@@ -109,7 +123,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; the bars say nothing then")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes; the bars say nothing then"
+    )
     parser.add_argument("--memory", metavar="CASE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -121,11 +137,24 @@ def main() -> int:
 
     times, memory = {}, {}
     for name in cases:
-        command = [sys.executable, __file__, "--memory", name, "--threads", str(args.threads), "--device", args.device]
-        result = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True, check=True)
+        command = [
+            sys.executable,
+            __file__,
+            "--memory",
+            name,
+            "--threads",
+            str(args.threads),
+            "--device",
+            args.device,
+        ]
+        result = subprocess.run(
+            command + ["--quick"] * args.quick, capture_output=True, text=True, check=True
+        )
         memory[name] = float(result.stdout.split()[-1])
     runs = {name: make_case(*case, args.device) for name, case in cases.items()}
-    for _ in range(args.repeats + 1):                  # in turn, so that a change of clock meets all; the first warms up
+    for _ in range(
+        args.repeats + 1
+    ):  # in turn, so that a change of clock meets all; the first warms up
         for name, run in runs.items():
             times.setdefault(name, []).append(seconds(run, args.device))
     best = {name: min(values[1:]) for name, values in times.items()}
@@ -140,12 +169,28 @@ def main() -> int:
     for name in cases:
         print(f"{name:14s} {best[name] * 1e3:9.1f} ms  {memory[name]:8.1f} MiB extra")
     for name, value in figures.items():
-        print(f"{name:30s} {value:8.3f}  (bar {BARS[name]:g}) {'ok' if value <= BARS[name] else 'MISSED'}")
+        print(
+            f"{name:30s} {value:8.3f}  (bar {BARS[name]:g}) {'ok' if value <= BARS[name] else 'MISSED'}"
+        )
     if args.json:
-        write_json(args.json, {
-            "heads": HEADS, "width": WIDTH, "ratio": RATIO, "threads": args.threads, "device": args.device,
-            "torch": torch.__version__, "processor": platform.processor() or platform.machine(), "quick": args.quick,
-            "seconds": best, "all_seconds": times, "extra_mib": memory, "figures": figures, "bars": BARS})
+        write_json(
+            args.json,
+            {
+                "heads": HEADS,
+                "width": WIDTH,
+                "ratio": RATIO,
+                "threads": args.threads,
+                "device": args.device,
+                "torch": torch.__version__,
+                "processor": platform.processor() or platform.machine(),
+                "quick": args.quick,
+                "seconds": best,
+                "all_seconds": times,
+                "extra_mib": memory,
+                "figures": figures,
+                "bars": BARS,
+            },
+        )
     return int(not args.quick and any(value > BARS[name] for name, value in figures.items()))
 
 

@@ -60,10 +60,25 @@ def make_staged(root: Path, scenes: list, count: int) -> Path:
                 np.save(root / names[kind], array)
             else:
                 link_to(root / f"train/{i % DISTINCT}.{kind}.npy", root / names[kind])
-        entries.append({"name": str(i), "shape": list(cube.shape), "dtype": "float16", **names,
-                        "rgb_range": [int(rgb.min()), int(rgb.max())]})
-    write_json(root / "index.json", {"format": "hsi-staged", "version": 1, "bands": BANDS, "wavelengths": FIELD_BANDS,
-                                     "splits": {"train": entries}})
+        entries.append(
+            {
+                "name": str(i),
+                "shape": list(cube.shape),
+                "dtype": "float16",
+                **names,
+                "rgb_range": [int(rgb.min()), int(rgb.max())],
+            }
+        )
+    write_json(
+        root / "index.json",
+        {
+            "format": "hsi-staged",
+            "version": 1,
+            "bands": BANDS,
+            "wavelengths": FIELD_BANDS,
+            "splits": {"train": entries},
+        },
+    )
     return root
 
 
@@ -79,7 +94,9 @@ def make_raw(root: Path, scenes: list, count: int) -> Path:
             continue
         cube, rgb = scenes[i]
         with h5py.File(spec, "w") as file:
-            file.create_dataset("cube", data=cube.transpose(2, 1, 0), compression="gzip", chunks=(BANDS, 64, 64))
+            file.create_dataset(
+                "cube", data=cube.transpose(2, 1, 0), compression="gzip", chunks=(BANDS, 64, 64)
+            )
             file["bands"] = np.array(FIELD_BANDS)[:, None]
         Image.fromarray(rgb).save(image, quality=90)
     (root / "split_txt" / "train_list.txt").write_text("".join(f"{i}\n" for i in range(count)))
@@ -98,7 +115,9 @@ def mst_batches(mst_root: str, data_root: str, batch_size: int, workers: int):
     from hsi_dataset import TrainDataset
 
     dataset = TrainDataset(data_root=data_root, crop_size=128, bgr2rgb=True, arg=True, stride=8)
-    return torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True
+    )
 
 
 def measure(case: dict) -> dict:
@@ -106,11 +125,18 @@ def measure(case: dict) -> dict:
     torch.set_num_threads(case["threads"])
     before, start = peak_mb(), time.perf_counter()
     if case["mode"] == "mst":
-        batches = iter(mst_batches(case["mst_root"], case["root"], case["batch_size"], case["workers"]))
+        batches = iter(
+            mst_batches(case["mst_root"], case["root"], case["batch_size"], case["workers"])
+        )
         ready = next
     else:
-        config = DataConfig(data_root=case["root"], memory_mode=case["mode"], batch_size=case["batch_size"],
-                            num_workers=case["workers"], iterations_per_epoch=10**5)
+        config = DataConfig(
+            data_root=case["root"],
+            memory_mode=case["mode"],
+            batch_size=case["batch_size"],
+            num_workers=case["workers"],
+            iterations_per_epoch=10**5,
+        )
         batches = iter(train_loader(config))
 
         def ready(batches):
@@ -127,12 +153,18 @@ def measure(case: dict) -> dict:
         times.append(time.perf_counter() - start)
     delivered = sum(x.numel() * x.element_size() for x in batch)
     rate = len(times) / sum(times)
-    return {"first_batch_s": first, "patches_per_s": rate * case["batch_size"], "peak_mb": peak_mb() - before,
-            "delivered_gb_per_s": rate * delivered / 1e9}
+    return {
+        "first_batch_s": first,
+        "patches_per_s": rate * case["batch_size"],
+        "peak_mb": peak_mb() - before,
+        "delivered_gb_per_s": rate * delivered / 1e9,
+    }
 
 
 def in_new_process(case: dict) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(case)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(case)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"error: {case['label']}: {done.stderr.strip().splitlines()[-1]}")
     return {"label": case["label"], **json.loads(done.stdout.splitlines()[-1])}
@@ -154,20 +186,38 @@ def copy_rate(threads: int) -> float:
 def cases(args: argparse.Namespace, folder: Path) -> list[dict]:
     rng = np.random.default_rng(0)
     scenes = [make_scene(rng, *args.size) for _ in range(DISTINCT)]
-    few, raw = make_staged(folder / "staged", scenes, DISTINCT), make_raw(folder / "raw", scenes, DISTINCT)
-    many, most = make_staged(folder / "many", scenes, args.many), make_staged(folder / "most", scenes, args.most)
+    few, raw = (
+        make_staged(folder / "staged", scenes, DISTINCT),
+        make_raw(folder / "raw", scenes, DISTINCT),
+    )
+    many, most = (
+        make_staged(folder / "many", scenes, args.many),
+        make_staged(folder / "most", scenes, args.most),
+    )
     raw_many = make_raw(folder / "raw_many", scenes, args.many)
     todo = [("mst", raw, DISTINCT, workers) for workers in (0, 2) if args.mst_root]
-    todo += [(mode, root, DISTINCT, 0) for root in (few, raw) for mode in ("lazy", "float16", "standard")]
+    todo += [
+        (mode, root, DISTINCT, 0) for root in (few, raw) for mode in ("lazy", "float16", "standard")
+    ]
     todo += [("lazy", few, DISTINCT, 2), ("lazy", many, args.many, 0), ("lazy", most, args.most, 0)]
     todo += [("lazy", raw_many, args.many, 0)]
     listed = []
     for mode, root, count, workers in todo:
         kind = "raw" if "raw" in root.name else "staged"
-        listed.append({
-            "mode": mode, "root": str(root), "workers": workers, "batch_size": args.batch_size, "threads": args.threads,
-            "mst_root": args.mst_root, "label": f"{mode} {kind}, {count} scenes, {workers} workers",
-            "batches": max(2, args.batches // 10) if (mode, kind) == ("lazy", "raw") else args.batches})  # it decodes
+        listed.append(
+            {
+                "mode": mode,
+                "root": str(root),
+                "workers": workers,
+                "batch_size": args.batch_size,
+                "threads": args.threads,
+                "mst_root": args.mst_root,
+                "label": f"{mode} {kind}, {count} scenes, {workers} workers",
+                "batches": max(2, args.batches // 10)
+                if (mode, kind) == ("lazy", "raw")
+                else args.batches,
+            }
+        )  # it decodes
     return listed
 
 
@@ -178,9 +228,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60, help="timed batches a case")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", type=int, nargs=2, default=(482, 512), help="height and width of the scenes")
-    parser.add_argument("--many", type=int, default=200, help="scenes of the test that memory does not grow")
-    parser.add_argument("--most", type=int, default=900, help="scenes of the test of the time to the first batch")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(482, 512), help="height and width of the scenes"
+    )
+    parser.add_argument(
+        "--many", type=int, default=200, help="scenes of the test that memory does not grow"
+    )
+    parser.add_argument(
+        "--most", type=int, default=900, help="scenes of the test of the time to the first batch"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -188,23 +244,37 @@ def main() -> None:
         return
     copying = copy_rate(args.threads)
     rows = []
-    print(f"{'loader':42s} {'patches/s':>10s} {'first batch':>12s} {'peak':>9s} {'of copy rate':>13s}")
+    print(
+        f"{'loader':42s} {'patches/s':>10s} {'first batch':>12s} {'peak':>9s} {'of copy rate':>13s}"
+    )
     with tempfile.TemporaryDirectory(prefix="bench_data_") as folder:
         for case in cases(args, Path(folder)):
             row = in_new_process(case)
             row["share_of_copy_rate"] = row["delivered_gb_per_s"] / copying
             rows.append(row)
-            print(f"{row['label']:42s} {row['patches_per_s']:10.0f} {row['first_batch_s']:10.2f} s "
-                  f"{row['peak_mb']:6.0f} MB {row['share_of_copy_rate']:12.0%}", flush=True)
-    facts = {"copy_gb_per_s": copying, "threads": args.threads, "batch_size": args.batch_size, "rows": rows}
+            print(
+                f"{row['label']:42s} {row['patches_per_s']:10.0f} {row['first_batch_s']:10.2f} s "
+                f"{row['peak_mb']:6.0f} MB {row['share_of_copy_rate']:12.0%}",
+                flush=True,
+            )
+    facts = {
+        "copy_gb_per_s": copying,
+        "threads": args.threads,
+        "batch_size": args.batch_size,
+        "rows": rows,
+    }
     print(f"copying memory: {copying:.1f} GB/s")
     lazy = [row for row in rows if row["label"].startswith("lazy staged")]
     reference = [row["patches_per_s"] for row in rows if row["label"].startswith("mst")]
     if reference:
         facts["staged_lazy_over_mst"] = lazy[0]["patches_per_s"] / max(reference)
-        print(f"staged lazy over MST++ (the faster of its two): {facts['staged_lazy_over_mst']:.1f} x")
+        print(
+            f"staged lazy over MST++ (the faster of its two): {facts['staged_lazy_over_mst']:.1f} x"
+        )
     facts["growth_mb"] = lazy[2]["peak_mb"] - lazy[0]["peak_mb"]
-    print(f"peak memory of staged lazy, {args.many} scenes over {DISTINCT}: {facts['growth_mb']:+.0f} MB")
+    print(
+        f"peak memory of staged lazy, {args.many} scenes over {DISTINCT}: {facts['growth_mb']:+.0f} MB"
+    )
     if args.json:
         write_json(args.json, facts)
 

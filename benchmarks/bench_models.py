@@ -94,10 +94,25 @@ def matmul_rate(device: torch.device) -> float:
 
 def peak_memory(name: str, size: str, what: str, args: argparse.Namespace) -> float:
     """Bytes that `what` takes at most beyond the built model, measured in a new process."""
-    command = [sys.executable, __file__, "--peak", name, size, what, "--threads", str(args.threads), "--device", args.device]
+    command = [
+        sys.executable,
+        __file__,
+        "--peak",
+        name,
+        size,
+        what,
+        "--threads",
+        str(args.threads),
+        "--device",
+        args.device,
+    ]
     command += ["--amp", args.amp] if args.amp else []
     command += ["--mst-root", str(args.mst_root)] if args.mst_root else []
-    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["peak"])
+    return float(
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[
+            "peak"
+        ]
+    )
 
 
 def measure_peak(bench: Bench, what: str) -> float:
@@ -108,43 +123,80 @@ def measure_peak(bench: Bench, what: str) -> float:
         bench.run(what)
         return torch.cuda.max_memory_allocated() - before
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which a process else inherits from its parent
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # resets the peak, which a process else inherits from its parent
     bench.run(what)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(peak.split()[1]) * 1024 - before
 
 
 def table(rows: list[dict]) -> str:
     """Markdown; in brackets the ratio to MST++ of the same run."""
     rival = next((r for r in rows if r["model"] == RIVAL), None)
-    units = {"parameters": ("M param", 1e6), "macs_256": ("GMAC 256", 1e9), "gflops": ("GFLOP/s at 482x512", 1)} | {
-        what: (f"{what} s", 1) for what in REPEATS} | {f"peak {what}": (f"peak {what} GB", 1e9) for what in PEAKS}
+    units = (
+        {
+            "parameters": ("M param", 1e6),
+            "macs_256": ("GMAC 256", 1e9),
+            "gflops": ("GFLOP/s at 482x512", 1),
+        }
+        | {what: (f"{what} s", 1) for what in REPEATS}
+        | {f"peak {what}": (f"peak {what} GB", 1e9) for what in PEAKS}
+    )
     shown = [key for key in rows[0] if key in units]
-    lines = ["| model | " + " | ".join(units[key][0] for key in shown) + " |", "|" + "---|" * (len(shown) + 1)]
+    lines = [
+        "| model | " + " | ".join(units[key][0] for key in shown) + " |",
+        "|" + "---|" * (len(shown) + 1),
+    ]
     for row in rows:
-        cells = [f"{row[k] / units[k][1]:.3g}" + (f" ({row[k] / rival[k]:.2f}x)" if rival else "") for k in shown]
+        cells = [
+            f"{row[k] / units[k][1]:.3g}" + (f" ({row[k] / rival[k]:.2f}x)" if rival else "")
+            for k in shown
+        ]
         lines.append(f"| {row['model']} {row['size']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = common.CliParser(description=__doc__)
-    parser.add_argument("--mst-root", type=Path, help="a checkout of MST++; without it MST++ is not measured")
-    parser.add_argument("--models", nargs="+", default=["hsifusion", "sharp"], choices=["hsifusion", "sharp"])
-    parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=["tiny", "small", "base", "large"])
-    parser.add_argument("--measure", nargs="+", default=list(REPEATS), choices=list(REPEATS), help="large models take minutes")
+    parser.add_argument(
+        "--mst-root", type=Path, help="a checkout of MST++; without it MST++ is not measured"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["hsifusion", "sharp"], choices=["hsifusion", "sharp"]
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["tiny"], choices=["tiny", "small", "base", "large"]
+    )
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        default=list(REPEATS),
+        choices=list(REPEATS),
+        help="large models take minutes",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=["bf16", "fp16"])
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--peak", nargs=3, metavar=("MODEL", "SIZE", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("MODEL", "SIZE", "WHAT"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = common.resolve_device(args.device)
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
     if args.peak:
         name, size, what = args.peak
-        print(json.dumps({"peak": measure_peak(Bench(build(name, size, args.mst_root), device, amp), what)}))
+        print(
+            json.dumps(
+                {"peak": measure_peak(Bench(build(name, size, args.mst_root), device, amp), what)}
+            )
+        )
         return 0
 
     chosen = [(name, size) for size in args.sizes for name in args.models]
@@ -167,10 +219,19 @@ def main() -> int:
             row[f"peak {what}"] = peak_memory(row["model"], row["size"], what, args)
     rate = matmul_rate(device)
     print(table(rows))
-    print(f"\nmatmul rate here: {rate / 1e9:.0f} GFLOP/s; {device}, {args.amp or 'float32'}, {args.threads} threads")
+    print(
+        f"\nmatmul rate here: {rate / 1e9:.0f} GFLOP/s; {device}, {args.amp or 'float32'}, {args.threads} threads"
+    )
     if args.json:
-        common.write_json(args.json, {"rows": rows, "matmul_gflops": rate / 1e9, "environment": common.environment_record(),
-                                      "settings": {k: str(v) for k, v in vars(args).items()}})
+        common.write_json(
+            args.json,
+            {
+                "rows": rows,
+                "matmul_gflops": rate / 1e9,
+                "environment": common.environment_record(),
+                "settings": {k: str(v) for k, v in vars(args).items()},
+            },
+        )
     return 0
 
 

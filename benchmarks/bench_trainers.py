@@ -25,7 +25,12 @@ from optimized_dataloader import MSTPlusPlusLoss, prepare_batch  # noqa: E402
 TRAINERS = ("hsifusion_training", "sharp_training_script_fixed")
 
 
-def bare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list, loss_fn: torch.nn.Module) -> None:
+def bare(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list,
+    loss_fn: torch.nn.Module,
+) -> None:
     for rgb, cube in batches:
         optimizer.zero_grad(set_to_none=True)
         (loss_fn(model(rgb), cube) + model.auxiliary_loss()).backward()
@@ -36,22 +41,43 @@ def bare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list
 def measure(trainer: str, args, folder: str) -> dict[str, float]:
     """Median seconds per step of either loop."""
     module, steps = importlib.import_module(trainer), args.steps
-    cfg = common.parse_dataclass(module.Settings, [
-        "--data_root", args.data_root, "--model_size", "tiny", "--batch_size", str(args.batch_size), "--device", "cpu",
-        "--iterations_per_epoch", str(steps), "--output_dir", folder, "--experiment_name", trainer])
+    cfg = common.parse_dataclass(
+        module.Settings,
+        [
+            "--data_root",
+            args.data_root,
+            "--model_size",
+            "tiny",
+            "--batch_size",
+            str(args.batch_size),
+            "--device",
+            "cpu",
+            "--iterations_per_epoch",
+            str(steps),
+            "--output_dir",
+            folder,
+            "--experiment_name",
+            trainer,
+        ],
+    )
     run = module.Run(cfg, common.Ranks(), torch.device("cpu"), common.RunFolder.of(folder, trainer))
     model = getattr(run, "engine", run).model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [prepare_batch(batch, run.device) for batch in islice(run.train_loader, steps)]
     times: dict[str, list] = {"trainer": [], "bare": []}
     for _ in range(args.rounds + 1):
-        for name, loop in (("trainer", run.train_epoch), ("bare", lambda: bare(model, optimizer, batches, MSTPlusPlusLoss()))):
+        for name, loop in (
+            ("trainer", run.train_epoch),
+            ("bare", lambda: bare(model, optimizer, batches, MSTPlusPlusLoss())),
+        ):
             start = time.perf_counter()
             loop()
             times[name].append((time.perf_counter() - start) / steps)
         run.epoch, run.iteration = run.epoch + 1, 0
     run.bar.close()
-    return {name: float(np.median(values[1:])) for name, values in times.items()}  # the first round warms up
+    return {
+        name: float(np.median(values[1:])) for name, values in times.items()
+    }  # the first round warms up
 
 
 def main() -> int:
@@ -68,11 +94,20 @@ def main() -> int:
     for trainer in TRAINERS:
         with tempfile.TemporaryDirectory() as folder:
             results[trainer] = seconds = measure(trainer, args, folder)
-        print(f"{trainer}: {seconds['trainer']:.3f} s a step, bare {seconds['bare']:.3f} s, "
-              f"overhead {100 * (seconds['trainer'] / seconds['bare'] - 1):.1f} %", flush=True)
+        print(
+            f"{trainer}: {seconds['trainer']:.3f} s a step, bare {seconds['bare']:.3f} s, "
+            f"overhead {100 * (seconds['trainer'] / seconds['bare'] - 1):.1f} %",
+            flush=True,
+        )
     if args.json:
-        common.write_json(args.json, {"seconds_per_step": results, "environment": common.environment_record(),
-                                      "settings": {k: str(v) for k, v in vars(args).items()}})
+        common.write_json(
+            args.json,
+            {
+                "seconds_per_step": results,
+                "environment": common.environment_record(),
+                "settings": {k: str(v) for k, v in vars(args).items()},
+            },
+        )
     return 0
 
 

@@ -54,9 +54,15 @@ def batches(scenes: list, seed: int):
             _, rgb, cube = scenes[rng.integers(len(scenes))]
             top, left = (rng.integers(side - PATCH + 1) for side in rgb.shape[1:])
             turns, flip = rng.integers(4), rng.integers(2)
-            pair = [torch.rot90(x[:, top : top + PATCH, left : left + PATCH], int(turns), (1, 2)) for x in (rgb, cube)]
+            pair = [
+                torch.rot90(x[:, top : top + PATCH, left : left + PATCH], int(turns), (1, 2))
+                for x in (rgb, cube)
+            ]
             pairs.append([x.flip(2) for x in pair] if flip else pair)
-        yield tuple(torch.stack(parts).contiguous(memory_format=torch.channels_last) for parts in zip(*pairs, strict=True))
+        yield tuple(
+            torch.stack(parts).contiguous(memory_format=torch.channels_last)
+            for parts in zip(*pairs, strict=True)
+        )
 
 
 def train(model: torch.nn.Module, scenes: list, seconds: float, seed: int) -> int:
@@ -66,7 +72,9 @@ def train(model: torch.nn.Module, scenes: list, seconds: float, seed: int) -> in
     start = time.perf_counter()
     if hasattr(model, "fit_spectral_path"):
         side = min(min(scene[1].shape[1:]) for scene in scenes)
-        model.fit_spectral_path(*(torch.stack([s[i][:, :side, :side] for s in scenes]) for i in (1, 2)))
+        model.fit_spectral_path(
+            *(torch.stack([s[i][:, :side, :side] for s in scenes]) for i in (1, 2))
+        )
     spent = time.perf_counter() - start
     for rgb, cube in batches(scenes, seed):
         start = time.perf_counter()
@@ -91,8 +99,12 @@ def score(model: torch.nn.Module, scenes: list) -> dict[str, dict]:
     out = {}
     for name, rgb, cube in scenes:
         pred = model(rgb[None])[0]
-        out[name] = {"mrae": mrae(pred, cube, FLOOR), "rmse": rmse(pred, cube),
-                     "psnr": psnr(pred, cube), "sam": sam(pred, cube)}
+        out[name] = {
+            "mrae": mrae(pred, cube, FLOOR),
+            "rmse": rmse(pred, cube),
+            "psnr": psnr(pred, cube),
+            "sam": sam(pred, cube),
+        }
     return out
 
 
@@ -102,30 +114,59 @@ def splits(data_root: str, folds: int):
     if not folds:
         yield "val", scenes, load(data_root, "val")
     for fold in range(folds):
-        yield f"fold {fold}", [s for i, s in enumerate(scenes) if i % folds != fold], scenes[fold::folds]
+        yield (
+            f"fold {fold}",
+            [s for i, s in enumerate(scenes) if i % folds != fold],
+            scenes[fold::folds],
+        )
 
 
 def table(results: list[dict]) -> str:
     """Means over scenes, seeds and folds; and their ratios to MST++."""
-    means = {name: {m: float(np.mean([s[m] for r in results if r["model"] == name for s in r["scenes"].values()]))
-                    for m in ("mrae", "rmse", "psnr", "sam")} for name in dict.fromkeys(r["model"] for r in results)}
-    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ |", "|---|---|---|---|---|---|---|"]
+    means = {
+        name: {
+            m: float(
+                np.mean([s[m] for r in results if r["model"] == name for s in r["scenes"].values()])
+            )
+            for m in ("mrae", "rmse", "psnr", "sam")
+        }
+        for name in dict.fromkeys(r["model"] for r in results)
+    }
+    lines = [
+        "| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, m in means.items():
         steps = np.mean([r["steps"] for r in results if r["model"] == name])
-        ratio = ", ".join(f"{m[k] / means[RIVAL][k]:.3f}" for k in ("mrae", "rmse", "sam")) if RIVAL in means else ""
-        lines.append(f"| {name} | {steps:.0f} | {m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f} | {ratio} |")
+        ratio = (
+            ", ".join(f"{m[k] / means[RIVAL][k]:.3f}" for k in ("mrae", "rmse", "sam"))
+            if RIVAL in means
+            else ""
+        )
+        lines.append(
+            f"| {name} | {steps:.0f} | {m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f} | {ratio} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = common.CliParser(description=__doc__)
     parser.add_argument("--data_root", required=True, help="raw ARAD-1K or staged folder")
-    parser.add_argument("--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run")
-    parser.add_argument("--models", nargs="+", default=[RIVAL, "hsifusion", "sharp"], choices=[RIVAL, "hsifusion", "sharp"])
+    parser.add_argument(
+        "--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[RIVAL, "hsifusion", "sharp"],
+        choices=[RIVAL, "hsifusion", "sharp"],
+    )
     parser.add_argument("--model_size", default="tiny")
     parser.add_argument("--minutes", type=float, default=10.0, help="training time of each model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folds", type=int, default=0, help="cross-validate over the training scenes")
+    parser.add_argument(
+        "--folds", type=int, default=0, help="cross-validate over the training scenes"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write all results")
     args = parser.parse_args()
@@ -137,14 +178,31 @@ def main() -> int:
                 torch.manual_seed(seed)
                 model = build(name, args.model_size, args.mst_root)
                 steps = train(model, train_scenes, 60 * args.minutes, seed)
-                results.append({"model": name, "seed": seed, "split": label, "steps": steps, "scenes": score(model, held_out)})
+                results.append(
+                    {
+                        "model": name,
+                        "seed": seed,
+                        "split": label,
+                        "steps": steps,
+                        "scenes": score(model, held_out),
+                    }
+                )
                 shown = {k: v for k, v in results[-1].items() if k != "scenes"}
                 scores = results[-1]["scenes"].values()
-                mean = {m: round(float(np.mean([s[m] for s in scores])), 4) for m in ("mrae", "rmse", "sam")}
+                mean = {
+                    m: round(float(np.mean([s[m] for s in scores])), 4)
+                    for m in ("mrae", "rmse", "sam")
+                }
                 print(shown | mean, flush=True)
                 if args.json:
-                    common.write_json(args.json, {"settings": {k: str(v) for k, v in vars(args).items()},
-                                                  "environment": common.environment_record(), "results": results})
+                    common.write_json(
+                        args.json,
+                        {
+                            "settings": {k: str(v) for k, v in vars(args).items()},
+                            "environment": common.environment_record(),
+                            "results": results,
+                        },
+                    )
     print(table(results))
     return 0
 

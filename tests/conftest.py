@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def write_raw_arad(root: Path, train=("a", "b", "c"), valid=("v",), size=(96, 80), bands=31, seed=0) -> Path:
+def write_raw_arad(
+    root: Path, train=("a", "b", "c"), valid=("v",), size=(96, 80), bands=31, seed=0
+) -> Path:
     """A raw ARAD-1K folder of smooth random scenes: cube in MATLAB order, JPEG, split lists."""
     rng = np.random.default_rng(seed)
     for folder in ("Train_Spec", "Train_RGB", "split_txt"):

@@ -41,5 +41,17 @@ def create(model_size="base", in_channels=3, out_channels=31, **overrides):
 def loaded(rgb_norm="per_image", bands=31, **overrides):
     wavelengths = [400 + 300 * i / max(bands - 1, 1) for i in range(bands)]
     module = create("tiny", out_channels=bands, **overrides).eval()
-    return inference.Loaded("standin", "standin.ckpt", "hsifusion", module, torch.device("cpu"), "raw", {}, {}, rgb_norm,
-                            wavelengths, bands, pixel_bytes=400.0)
+    return inference.Loaded(
+        "standin",
+        "standin.ckpt",
+        "hsifusion",
+        module,
+        torch.device("cpu"),
+        "raw",
+        {},
+        {},
+        rgb_norm,
+        wavelengths,
+        bands,
+        pixel_bytes=400.0,
+    )

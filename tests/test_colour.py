@@ -21,11 +21,15 @@ def test_the_cie_1964_table_has_its_known_values_and_equal_integrals():
     assert nm[0] == 380 and nm[-1] == 780 and xyz.shape == (41, 3)
     assert xyz[list(nm).index(560)] == pytest.approx([0.705224, 0.997340, 0.0])
     assert nm[xyz.argmax(axis=0)].tolist() == [600, 560, 450]
-    assert xyz.sum(axis=0) == pytest.approx(xyz.sum(axis=0).mean(), rel=2e-3)  # an equal-energy white has X = Y = Z
+    assert xyz.sum(axis=0) == pytest.approx(
+        xyz.sum(axis=0).mean(), rel=2e-3
+    )  # an equal-energy white has X = Y = Z
 
 
 @pytest.mark.parametrize("camera", ["analytic", "analytic2", "cie1964"])
-@pytest.mark.parametrize("nm", [NM, np.linspace(420, 690, 28), np.linspace(400, 1000, 204), NM[::-1]])
+@pytest.mark.parametrize(
+    "nm", [NM, np.linspace(420, 690, 28), np.linspace(400, 1000, 204), NM[::-1]]
+)
 def test_every_camera_sees_a_perfect_white_as_one_and_blue_green_red_in_order(camera, nm):
     response = camera_response(camera, nm)
     assert response.shape == (len(nm), 3) and (response >= 0).all()
@@ -43,13 +47,22 @@ def test_a_camera_from_csv_is_interpolated_with_or_without_header(tmp_path):
     rows = "400,0,0,2\n500,0,2,1\n700,2,0,0\n"
     (tmp_path / "plain.csv").write_text(rows)
     (tmp_path / "header.csv").write_text("nm,r,g,b\n" + rows)
-    plain, header = (camera_response(str(tmp_path / f"{name}.csv"), NM) for name in ("plain", "header"))
+    plain, header = (
+        camera_response(str(tmp_path / f"{name}.csv"), NM) for name in ("plain", "header")
+    )
     assert np.array_equal(plain, header)
     assert plain[5, 2] / plain[0, 2] == pytest.approx(0.75)  # halfway from 2 to 1
 
 
-@pytest.mark.parametrize("text, message", [("1,2,3\n4,5,6\n", "four numbers"), ("400,1,1,x\n500,1,1,1\n", "four numbers"),
-                                           ("400,1,1,1\n500,1\n", "nm,r,g,b"), ("800,1,1,1\n900,1,1,1\n", "sees nothing")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1,2,3\n4,5,6\n", "four numbers"),
+        ("400,1,1,x\n500,1,1,1\n", "four numbers"),
+        ("400,1,1,1\n500,1\n", "nm,r,g,b"),
+        ("800,1,1,1\n900,1,1,1\n", "sees nothing"),
+    ],
+)
 def test_a_bad_camera_file_is_an_error_that_names_it(tmp_path, text, message):
     path = tmp_path / "camera.csv"
     path.write_text(text)
@@ -66,15 +79,27 @@ def test_an_unknown_camera_is_an_error_that_names_the_choices():
 def test_a_fixed_exposure_keeps_brightness_and_the_automatic_one_sets_the_mean_to_018():
     response, rng = camera_response("analytic", NM), np.random.default_rng(0)
     for value in (0.1, 0.3):
-        fixed, automatic = (render_rgb(flat_cube(value), response, rng=rng, exposure=e)[0].mean() / 255 for e in (1.5, None))
-        assert fixed == pytest.approx(1.5 * value, rel=0.02) and automatic == pytest.approx(0.18, rel=0.03)
+        fixed, automatic = (
+            render_rgb(flat_cube(value), response, rng=rng, exposure=e)[0].mean() / 255
+            for e in (1.5, None)
+        )
+        assert fixed == pytest.approx(1.5 * value, rel=0.02) and automatic == pytest.approx(
+            0.18, rel=0.03
+        )
 
 
 def test_noise_is_poisson_in_photo_electrons_seeded_and_can_be_turned_off():
     response, cube = camera_response("analytic", NM), flat_cube(0.4, 128)
 
     def render(seed=0, **options):
-        return render_rgb(cube, response, rng=np.random.default_rng(seed), exposure=1.0, jpeg_quality=100, **options)[0]
+        return render_rgb(
+            cube,
+            response,
+            rng=np.random.default_rng(seed),
+            exposure=1.0,
+            jpeg_quality=100,
+            **options,
+        )[0]
 
     luma = np.array([0.299, 0.587, 0.114])  # the part of a JPEG that is not subsampled
     for options, electrons in (({}, 750), ({"electrons": 3000}, 3000)):
@@ -85,7 +110,9 @@ def test_noise_is_poisson_in_photo_electrons_seeded_and_can_be_turned_off():
 
 
 def test_overexposed_pixels_clip_and_the_bytes_are_the_jpeg_of_the_picture():
-    rgb, jpeg = render_rgb(flat_cube(0.9), camera_response("analytic", NM), rng=np.random.default_rng(0), exposure=3.0)
+    rgb, jpeg = render_rgb(
+        flat_cube(0.9), camera_response("analytic", NM), rng=np.random.default_rng(0), exposure=3.0
+    )
     assert rgb.dtype == np.uint8 and rgb.min() > 250
     with Image.open(io.BytesIO(jpeg)) as image:
         assert image.format == "JPEG" and np.array_equal(np.asarray(image), rgb)
@@ -94,7 +121,10 @@ def test_overexposed_pixels_clip_and_the_bytes_are_the_jpeg_of_the_picture():
 def test_jpeg_quality_changes_the_size():
     cube = np.random.default_rng(0).random((64, 64, 31), dtype=np.float32)
     response = camera_response("analytic", NM)
-    low, high = (len(render_rgb(cube, response, rng=np.random.default_rng(0), jpeg_quality=q)[1]) for q in (30, 90))
+    low, high = (
+        len(render_rgb(cube, response, rng=np.random.default_rng(0), jpeg_quality=q)[1])
+        for q in (30, 90)
+    )
     assert low < high
 
 

@@ -35,19 +35,30 @@ SCRIPTS = [path.stem for path in ROOT.glob("*.py")]
 
 @pytest.mark.parametrize("module", SCRIPTS)
 def test_importing_prints_nothing_and_changes_no_global_state(module):
-    code = ("import os, random, signal, torch, numpy, json\n"
-            "def state(): return [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), "
-            "torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, "
-            "torch.get_float32_matmul_precision(), signal.getsignal(signal.SIGTERM), random.getstate()[1][:3], "
-            "torch.initial_seed(), dict(os.environ)]\n"
-            f"before = state()\nimport {module}\nassert before == state()\nassert not torch.cuda.is_initialized()")
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import os, random, signal, torch, numpy, json\n"
+        "def state(): return [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), "
+        "torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, "
+        "torch.get_float32_matmul_precision(), signal.getsignal(signal.SIGTERM), random.getstate()[1][:3], "
+        "torch.initial_seed(), dict(os.environ)]\n"
+        f"before = state()\nimport {module}\nassert before == state()\nassert not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 BLOCKS = (ROOT / "README.md").read_text().split("```bash\n")[1:]
-COMMANDS = [line.split("    #")[0].removeprefix("python ").split() for block in BLOCKS
-            for line in block.split("```")[0].splitlines() if line.startswith("python ")]
+COMMANDS = [
+    line.split("    #")[0].removeprefix("python ").split()
+    for block in BLOCKS
+    for line in block.split("```")[0].splitlines()
+    if line.startswith("python ")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -75,12 +86,17 @@ def scene(seed=0, height=40, width=50, bands=31):
 def numpy_metrics(pred, target, floor):
     p, t = pred.astype(np.float64), target.astype(np.float64)
     lit = t.mean(0) > 0.01
-    cosine = (p * t).sum(0)[lit] / np.maximum(np.linalg.norm(p, axis=0) * np.linalg.norm(t, axis=0), 1e-30)[lit]
+    cosine = (p * t).sum(0)[lit] / np.maximum(
+        np.linalg.norm(p, axis=0) * np.linalg.norm(t, axis=0), 1e-30
+    )[lit]
     mse = ((np.clip(p, 0, 1) - np.clip(t, 0, 1)) ** 2).mean()
     return {
-        "mrae": (np.abs(p - t) / np.maximum(t, floor)).mean(), "rmse": np.sqrt(((p - t) ** 2).mean()),
-        "psnr": 10 * np.log10(1 / mse), "sam": np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean(),
-        "ergas": 100 * np.sqrt((((p - t) ** 2).mean((1, 2)) / t.mean((1, 2)) ** 2).mean())}
+        "mrae": (np.abs(p - t) / np.maximum(t, floor)).mean(),
+        "rmse": np.sqrt(((p - t) ** 2).mean()),
+        "psnr": 10 * np.log10(1 / mse),
+        "sam": np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean(),
+        "ergas": 100 * np.sqrt((((p - t) ** 2).mean((1, 2)) / t.mean((1, 2)) ** 2).mean()),
+    }
 
 
 def layouts(array):
@@ -88,8 +104,14 @@ def layouts(array):
     x = torch.from_numpy(array).float()
     wide = torch.zeros(x.shape[0], x.shape[1], 2 * x.shape[2])
     wide[:, :, ::2] = x
-    yield from (x, x[None], x[None].to(memory_format=torch.channels_last), wide[:, :, ::2], x.double(),
-                x.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    yield from (
+        x,
+        x[None],
+        x[None].to(memory_format=torch.channels_last),
+        wide[:, :, ::2],
+        x.double(),
+        x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    )
 
 
 @pytest.mark.parametrize("floor", [1e-6, 0.01])
@@ -172,7 +194,9 @@ def test_both_floors_of_mrae_are_recorded():
     pred, target = (torch.from_numpy(x) for x in scene())
     found = scene_metrics(pred, target, floor=0.05)
     for floor in (0.01, 1e-6):
-        assert found[f"mrae_floor_{floor:g}_full"] == pytest.approx(numpy_metrics(pred.numpy(), target.numpy(), floor)["mrae"])
+        assert found[f"mrae_floor_{floor:g}_full"] == pytest.approx(
+            numpy_metrics(pred.numpy(), target.numpy(), floor)["mrae"]
+        )
 
 
 def test_bootstrap_interval_covers_the_mean_and_shrinks():
@@ -219,7 +243,9 @@ def test_dashes_and_underscores_are_both_accepted():
     assert list(parse("--depths", "3", "4", "5").depths) == [3, 4, 5]
 
 
-@pytest.mark.parametrize("argv", [["--mode", "c"], ["--rank", "1"], ["--data", "x"], ["--rate", "fast"]])
+@pytest.mark.parametrize(
+    "argv", [["--mode", "c"], ["--rank", "1"], ["--data", "x"], ["--rate", "fast"]]
+)
 def test_unknown_flags_and_values_are_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
@@ -246,9 +272,17 @@ def test_bad_values_in_a_config_file_are_refused_like_flags(settings, tmp_path, 
 
 def test_config_files_set_values_of_every_kind(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"use_amp": False, "depths": [3], "rate": 2, "compile_model": None, "mode": "b"}))
+    path.write_text(
+        json.dumps({"use_amp": False, "depths": [3], "rate": 2, "compile_model": None, "mode": "b"})
+    )
     found = parse("--config", str(path), "--mode", "a")
-    assert (found.use_amp, list(found.depths), found.rate, found.compile_model, found.mode) == (False, [3], 2.0, None, "a")
+    assert (found.use_amp, list(found.depths), found.rate, found.compile_model, found.mode) == (
+        False,
+        [3],
+        2.0,
+        None,
+        "a",
+    )
 
 
 def test_help_shows_percent_signs_and_defaults(capsys):
@@ -258,7 +292,10 @@ def test_help_shows_percent_signs_and_defaults(capsys):
 
 
 def test_json_writes_numbers_of_any_kind_and_no_nan(tmp_path):
-    common.write_json(tmp_path / "x.json", {"a": np.float32(0.5), "b": torch.ones(2), "c": math.nan, 3: [np.int64(4)]})
+    common.write_json(
+        tmp_path / "x.json",
+        {"a": np.float32(0.5), "b": torch.ones(2), "c": math.nan, 3: [np.int64(4)]},
+    )
     assert common.read_json(tmp_path / "x.json") == {"a": 0.5, "b": [1.0, 1.0], "c": None, "3": [4]}
 
 

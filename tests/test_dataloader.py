@@ -39,12 +39,24 @@ def stage(root, dtype="float16", sizes=SIZES, val_dtype="float32"):
         for name, (height, width) in sizes.items():
             rgb = rng.integers(3, 250, (height, width, 3), dtype=np.uint8)
             cube = np.repeat(rgb[..., :1] / np.float32(255), BANDS, axis=2).astype(kind)
-            entry = {"name": name, "shape": cube.shape, "dtype": kind, "cube": f"{split}/{name}.cube.npy",
-                     "rgb": f"{split}/{name}.rgb.npy", "rgb_range": [int(rgb.min()), int(rgb.max())]}
+            entry = {
+                "name": name,
+                "shape": cube.shape,
+                "dtype": kind,
+                "cube": f"{split}/{name}.cube.npy",
+                "rgb": f"{split}/{name}.rgb.npy",
+                "rgb_range": [int(rgb.min()), int(rgb.max())],
+            }
             np.save(root / entry["cube"], cube)
             np.save(root / entry["rgb"], rgb)
             splits[split].append(entry)
-    index = {"format": "hsi-staged", "version": 1, "bands": BANDS, "wavelengths": FIELD_BANDS, "splits": splits}
+    index = {
+        "format": "hsi-staged",
+        "version": 1,
+        "bands": BANDS,
+        "wavelengths": FIELD_BANDS,
+        "splits": splits,
+    }
     (root / "index.json").write_text(json.dumps(index))
     return root
 
@@ -55,8 +67,18 @@ def staged(tmp_path_factory):
 
 
 def config(root, **changes):
-    return DataConfig(**{"data_root": str(root), "memory_mode": "lazy", "patch_size": 16, "stride": 8, "batch_size": 4,
-                         "iterations_per_epoch": 3, "num_workers": 0, **changes})
+    return DataConfig(
+        **{
+            "data_root": str(root),
+            "memory_mode": "lazy",
+            "patch_size": 16,
+            "stride": 8,
+            "batch_size": 4,
+            "iterations_per_epoch": 3,
+            "num_workers": 0,
+            **changes,
+        }
+    )
 
 
 def epoch_of(loader, epoch=0, iteration=0):
@@ -65,8 +87,11 @@ def epoch_of(loader, epoch=0, iteration=0):
 
 
 def same(one, other):
-    return len(one) == len(other) and all(torch.equal(x, y) for a, b in zip(one, other, strict=True)
-                                          for x, y in zip(a, b, strict=True))
+    return len(one) == len(other) and all(
+        torch.equal(x, y)
+        for a, b in zip(one, other, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_patch_counts_follow_the_grid_of_each_scene(staged):
@@ -82,9 +107,13 @@ def test_batch_holds_what_the_files_hold(staged):
     batch = epoch_of(loader)[0]
     for i, patch in enumerate(batch.index.tolist()):
         scene, top, left = loader.dataset.place(patch)
-        cube, rgb = (np.load(staged / "train" / f"{'ab'[scene]}.{kind}.npy") for kind in ("cube", "rgb"))
+        cube, rgb = (
+            np.load(staged / "train" / f"{'ab'[scene]}.{kind}.npy") for kind in ("cube", "rgb")
+        )
         window = slice(top, top + 16), slice(left, left + 16)
-        assert np.array_equal(batch.cube[i], cube[window]) and np.array_equal(batch.rgb[i], rgb[window])
+        assert np.array_equal(batch.cube[i], cube[window]) and np.array_equal(
+            batch.rgb[i], rgb[window]
+        )
         assert batch.rgb_range[i].tolist() == [rgb.min(), rgb.max()]
 
 
@@ -106,24 +135,39 @@ def test_prepared_batch_is_float32_channels_last_normalised_by_the_frame(staged)
 def test_dihedral_group_is_complete():
     square = torch.arange(9).view(3, 3, 1)
     turned = [dihedral(square, code)[..., 0] for code in range(8)]
-    expected = [np.rot90(flipped, k) for flipped in (square[..., 0].numpy(), square[..., 0].numpy().T) for k in range(4)]
-    assert {x.numpy().tobytes() for x in turned} == {np.ascontiguousarray(x).tobytes() for x in expected}
+    expected = [
+        np.rot90(flipped, k)
+        for flipped in (square[..., 0].numpy(), square[..., 0].numpy().T)
+        for k in range(4)
+    ]
+    assert {x.numpy().tobytes() for x in turned} == {
+        np.ascontiguousarray(x).tobytes() for x in expected
+    }
     assert torch.equal(turned[0], square[..., 0])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_rgb_and_cube_are_turned_alike_by_all_8_elements(dtype):
     rgb = torch.randint(0, 256, (8, 5, 5, 3), dtype=torch.uint8)
-    cube = (rgb[..., :1].float() / 255).to(getattr(torch, dtype)).expand(-1, -1, -1, BANDS).contiguous()
+    cube = (
+        (rgb[..., :1].float() / 255)
+        .to(getattr(torch, dtype))
+        .expand(-1, -1, -1, BANDS)
+        .contiguous()
+    )
     ranges = torch.tensor([[0.0, 255.0]]).expand(8, 2)
-    out_rgb, out_cube = prepare_batch(RawBatch(rgb, cube, torch.arange(8, dtype=torch.uint8), ranges, torch.arange(8)))
+    out_rgb, out_cube = prepare_batch(
+        RawBatch(rgb, cube, torch.arange(8, dtype=torch.uint8), ranges, torch.arange(8))
+    )
     assert (out_rgb[:, :1] - out_cube).abs().max() < 5e-4
     for code in range(8):
         assert torch.equal(out_cube[code], dihedral(cube[code], code).float().permute(2, 0, 1))
 
 
 def test_augmentation_reaches_all_8_elements_and_can_be_off(staged):
-    codes = torch.cat([batch.augment for batch in epoch_of(train_loader(config(staged, iterations_per_epoch=30)))])
+    codes = torch.cat(
+        [batch.augment for batch in epoch_of(train_loader(config(staged, iterations_per_epoch=30)))]
+    )
     assert set(codes.tolist()) == set(range(8))
     off = epoch_of(train_loader(config(staged, augment=False)))
     assert not any(batch.augment.any() for batch in off)
@@ -135,14 +179,22 @@ def test_batches_do_not_depend_on_workers(staged, mode):
     for workers in (1, 2):
         loader = train_loader(config(staged, memory_mode=mode, num_workers=workers))
         assert same(epoch_of(loader, 3), expected)
-        assert same(epoch_of(loader, 3, 2), expected[2:])  # the same workers again, from another position
+        assert same(
+            epoch_of(loader, 3, 2), expected[2:]
+        )  # the same workers again, from another position
 
 
 def test_ranks_share_the_global_batch_of_one_rank(staged):
     one = epoch_of(train_loader(config(staged, batch_size=8)), 2)
-    halves = [epoch_of(train_loader(config(staged, batch_size=4, rank=rank, world_size=2)), 2) for rank in (0, 1)]
+    halves = [
+        epoch_of(train_loader(config(staged, batch_size=4, rank=rank, world_size=2)), 2)
+        for rank in (0, 1)
+    ]
     for whole, *parts in zip(one, *halves, strict=True):
-        assert all(torch.equal(torch.cat(pieces), tensor) for tensor, *pieces in zip(whole, *parts, strict=True))
+        assert all(
+            torch.equal(torch.cat(pieces), tensor)
+            for tensor, *pieces in zip(whole, *parts, strict=True)
+        )
     both = [torch.cat([batch.index for batch in half]).tolist() for half in halves]
     assert not set(both[0]) & set(both[1])
 
@@ -151,7 +203,9 @@ def test_position_resumes_inside_an_epoch_and_moves_on(staged):
     loader = train_loader(config(staged))
     first, second = epoch_of(loader, 0), epoch_of(loader, 1)
     assert same(epoch_of(train_loader(config(staged)), 0, 1), first[1:])
-    assert not same(first, second) and not same(first, epoch_of(train_loader(config(staged, seed=-1)), 0))
+    assert not same(first, second) and not same(
+        first, epoch_of(train_loader(config(staged, seed=-1)), 0)
+    )
     loader.set_position(0, 2)
     assert len(list(loader)) == 1 and same([RawBatch(*batch) for batch in loader], second)
     assert list(loader.loader.sampler) and len(loader) == 3
@@ -161,19 +215,31 @@ def test_position_resumes_inside_an_epoch_and_moves_on(staged):
 
 def test_whole_pass_takes_every_patch_and_longer_epochs_wrap_into_new_orders(staged):
     loader = train_loader(config(staged, iterations_per_epoch=0, batch_size=13))
-    assert sorted(torch.cat([batch.index for batch in epoch_of(loader)]).tolist()) == list(range(39))
-    longer = torch.cat([b.index for b in epoch_of(train_loader(config(staged, iterations_per_epoch=20)))]).tolist()
-    assert sorted(longer[:39]) == sorted(longer[39:78]) == list(range(39)) and longer[:39] != longer[39:78]
+    assert sorted(torch.cat([batch.index for batch in epoch_of(loader)]).tolist()) == list(
+        range(39)
+    )
+    longer = torch.cat(
+        [b.index for b in epoch_of(train_loader(config(staged, iterations_per_epoch=20)))]
+    ).tolist()
+    assert (
+        sorted(longer[:39]) == sorted(longer[39:78]) == list(range(39))
+        and longer[:39] != longer[39:78]
+    )
 
 
 def test_all_memory_modes_give_the_same_batches_within_half_precision(tmp_path):
     root = stage(tmp_path / "s", dtype="float32")
-    modes = {mode: epoch_of(train_loader(config(root, memory_mode=mode))) for mode in ("lazy", "standard", "float16")}
+    modes = {
+        mode: epoch_of(train_loader(config(root, memory_mode=mode)))
+        for mode in ("lazy", "standard", "float16")
+    }
     assert same(modes["lazy"], modes["standard"]) and modes["lazy"][0].cube.dtype == torch.float32
     for half, exact in zip(modes["float16"], modes["standard"], strict=True):
         assert half.cube.dtype == torch.float16 and torch.equal(half.rgb, exact.rgb)
         error = (half.cube.float() - exact.cube).abs()
-        assert error.max() > 0 and (error <= exact.cube * 2**-11).all()  # the bound that describe() states
+        assert (
+            error.max() > 0 and (error <= exact.cube * 2**-11).all()
+        )  # the bound that describe() states
 
 
 def test_buffers_are_not_used_again_while_a_tensor_holds_them(staged):
@@ -183,7 +249,9 @@ def test_buffers_are_not_used_again_while_a_tensor_holds_them(staged):
     assert all(torch.equal(x, y) for x, y in zip(kept, again, strict=True))
     assert len({x.data_ptr() for x in kept}) == 6
     del kept
-    free = {memory.ctypes.data for memory in loader_module._free_buffers[(4, 16, 16, BANDS), "float32"]}
+    free = {
+        memory.ctypes.data for memory in loader_module._free_buffers[(4, 16, 16, BANDS), "float32"]
+    }
     assert prepare_batch(next(iter(loader)))[1].data_ptr() in free
 
 
@@ -212,7 +280,9 @@ def test_staged_lazy_read_takes_only_the_patch_and_leaves_no_map_open(staged, mo
     monkeypatch.setattr(loader_module, "_mapped", lambda *args: mapped(*args).view(CountedMap))
     epoch_of(loader)
     assert CountedMap.taken == 3 * 4 * 16 * 16 * (BANDS * 2 + 3)
-    open_files = [entry.path for entry in psutil.Process().memory_maps() if entry.path.startswith(str(staged))]
+    open_files = [
+        entry.path for entry in psutil.Process().memory_maps() if entry.path.startswith(str(staged))
+    ]
     assert not open_files
 
 
@@ -251,7 +321,9 @@ def test_validation_gives_whole_float32_frames_sharded_by_rank(staged, raw_arad)
     assert np.array_equal(scenes["b"].cube[0].permute(1, 2, 0), stored)
     expected = (rgb.astype(np.float32) - rgb.min()) / (rgb.max() - rgb.min())
     assert np.array_equal(scenes["b"].rgb[0].permute(1, 2, 0), expected)
-    shards = [[scene.name for scene in val_loader(config(staged, rank=r, world_size=2))] for r in (0, 1)]
+    shards = [
+        [scene.name for scene in val_loader(config(staged, rank=r, world_size=2))] for r in (0, 1)
+    ]
     assert shards == [["a"], ["b"]]
     raw = list(val_loader(config(raw_arad)))
     with h5py.File(raw_arad / "Train_Spec" / "v.mat") as file:
@@ -270,10 +342,14 @@ def test_half_precision_validation_targets_are_refused(tmp_path):
 def test_memory_guard_names_lazy_mode_before_reading(staged, monkeypatch, free):
     needed = sum(h * w for h, w in SIZES.values()) * (BANDS * 4 + 3)
     if free == "ram":
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": needed - 1}))
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda: type("Memory", (), {"available": needed - 1})
+        )
     else:
         monkeypatch.setattr(loader_module, "cgroup_free", lambda: needed - 1)
-    monkeypatch.setattr(loader_module, "tqdm", lambda *args, **kwargs: pytest.fail("read before the guard"))
+    monkeypatch.setattr(
+        loader_module, "tqdm", lambda *args, **kwargs: pytest.fail("read before the guard")
+    )
     with pytest.raises(UserError, match="2 scenes take .* GB.*--memory_mode lazy"):
         train_loader(config(staged, memory_mode="standard"))
     monkeypatch.undo()
@@ -319,12 +395,19 @@ def test_defects_of_a_staged_folder_are_named(staged, tmp_path):
 
     cube = "train/b.cube.npy"
     for change, words in (
-            (lambda root: (root / cube).unlink(), f"{cube}: no such file"),
-            (lambda root: (root / cube).write_bytes((root / cube).read_bytes()[:-1]), f"{cube}: its size"),
-            (lambda root: (root / cube).write_bytes(b""), cube),
-            (lambda root: edit(root, shape=[48, 32, 28]), f"{cube}: 28 bands"),
-            (lambda root: (root / "index.json").write_text("{"), "index.json"),
-            (lambda root: (root / "index.json").write_text('{"format": "other"}'), "index.json: not the index")):
+        (lambda root: (root / cube).unlink(), f"{cube}: no such file"),
+        (
+            lambda root: (root / cube).write_bytes((root / cube).read_bytes()[:-1]),
+            f"{cube}: its size",
+        ),
+        (lambda root: (root / cube).write_bytes(b""), cube),
+        (lambda root: edit(root, shape=[48, 32, 28]), f"{cube}: 28 bands"),
+        (lambda root: (root / "index.json").write_text("{"), "index.json"),
+        (
+            lambda root: (root / "index.json").write_text('{"format": "other"}'),
+            "index.json: not the index",
+        ),
+    ):
         with pytest.raises(UserError, match=words):
             train_loader(broken(change))
     with pytest.raises(UserError, match="--data_root .*nowhere.*dataset_setup.py"):
@@ -362,7 +445,9 @@ def test_raw_lazy_refuses_files_that_decode_only_as_a_whole(raw_arad, tmp_path):
     root = tmp_path / "raw"
     shutil.copytree(raw_arad, root)
     with h5py.File(raw_arad / "Train_Spec" / "a.mat") as file:
-        scipy_io.savemat(root / "Train_Spec" / "a.mat", {"cube": file["cube"][()].transpose(2, 1, 0)})
+        scipy_io.savemat(
+            root / "Train_Spec" / "a.mat", {"cube": file["cube"][()].transpose(2, 1, 0)}
+        )
     with pytest.raises(UserError, match="a.mat: not MATLAB v7.3.*--memory_mode float16"):
         train_loader(config(root))
     whole = epoch_of(train_loader(config(root, memory_mode="standard")))
@@ -370,9 +455,12 @@ def test_raw_lazy_refuses_files_that_decode_only_as_a_whole(raw_arad, tmp_path):
 
 
 def test_settings_out_of_range_are_errors(staged):
-    for changes, words in (({"memory_mode": "ram"}, "--memory_mode ram: choose from standard, float16, lazy"),
-                           ({"batch_size": 0}, "--batch_size 0"), ({"patch_size": 64}, "--patch_size 64.*40 x 56"),
-                           ({"rgb_norm": "max"}, "choose from per_image, unit")):
+    for changes, words in (
+        ({"memory_mode": "ram"}, "--memory_mode ram: choose from standard, float16, lazy"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"patch_size": 64}, "--patch_size 64.*40 x 56"),
+        ({"rgb_norm": "max"}, "choose from per_image, unit"),
+    ):
         with pytest.raises(UserError, match=words):
             train_loader(config(staged, **changes))
 

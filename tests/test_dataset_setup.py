@@ -16,7 +16,14 @@ from camera_colour import camera_response
 from common_utils_v32 import UserError, run_cli
 from cube_files import read_cube, read_rgb
 from optimized_dataloader import DataConfig, create_optimized_dataloaders, patch_grid
-from synthetic_scenes import FAMILIES, WAVELENGTHS, draw_illuminants, draw_material, reflectance, synthetic_cube
+from synthetic_scenes import (
+    FAMILIES,
+    WAVELENGTHS,
+    draw_illuminants,
+    draw_material,
+    reflectance,
+    synthetic_cube,
+)
 
 SMALL = ("--patch-size", "32", "--workers", "1")
 
@@ -31,7 +38,11 @@ def stage(raw, staged, *more):
 
 
 def files(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(Path(root).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(Path(root).rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +55,18 @@ def no_contact_sheet(request, monkeypatch):
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic") / "raw"
-    run("--synthetic", 6, "--output-root", root, "--size", "96x128", "--patch-size", 64, "--workers", 2)
+    run(
+        "--synthetic",
+        6,
+        "--output-root",
+        root,
+        "--size",
+        "96x128",
+        "--patch-size",
+        64,
+        "--workers",
+        2,
+    )
     return root
 
 
@@ -57,11 +79,16 @@ def raw(tmp_path):
 
 
 def test_synthetic_scenes_are_in_the_arad_layout(synthetic):
-    names = [(synthetic / "split_txt" / f"{part}_list.txt").read_text().split() for part in ("train", "valid")]
+    names = [
+        (synthetic / "split_txt" / f"{part}_list.txt").read_text().split()
+        for part in ("train", "valid")
+    ]
     assert [len(part) for part in names] == [5, 1] and not set(names[0]) & set(names[1])
     assert len([*(synthetic / "Test_RGB").glob("*.jpg")]) == 2
     with h5py.File(synthetic / "Train_Spec" / f"{names[0][0]}.mat") as file:
-        assert file["cube"].shape == (31, 128, 96) and file["cube"].dtype == np.float32  # bands, W, H: MATLAB's order
+        assert (
+            file["cube"].shape == (31, 128, 96) and file["cube"].dtype == np.float32
+        )  # bands, W, H: MATLAB's order
         assert file["bands"][:].ravel().tolist() == WAVELENGTHS.tolist()
     assert read_rgb(synthetic / "Train_RGB" / f"{names[0][0]}.jpg").shape == (96, 128, 3)
 
@@ -69,17 +96,46 @@ def test_synthetic_scenes_are_in_the_arad_layout(synthetic):
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(synthetic, tmp_path):
     small = ("--size", "64x64", "--patch-size", 64)
     for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 2)):
-        run("--synthetic", 2, "--output-root", tmp_path / name, *small, "--seed", seed, "--workers", workers)
+        run(
+            "--synthetic",
+            2,
+            "--output-root",
+            tmp_path / name,
+            *small,
+            "--seed",
+            seed,
+            "--workers",
+            workers,
+        )
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert a == b
     assert a["Train_Spec/synthetic_0001.mat"] != c["Train_Spec/synthetic_0001.mat"]
 
 
 def test_camera_and_exposure_change_the_photo_and_not_the_cube(tmp_path):
-    for name, more in (("a", ()), ("b", ("--camera", "analytic2")), ("c", ("--exposure", "0.5")), ("d", ("--exposure", "auto"))):
-        run("--synthetic", 2, "--output-root", tmp_path / name, "--size", "64x64", "--patch-size", 64, "--workers", 1, *more)
+    for name, more in (
+        ("a", ()),
+        ("b", ("--camera", "analytic2")),
+        ("c", ("--exposure", "0.5")),
+        ("d", ("--exposure", "auto")),
+    ):
+        run(
+            "--synthetic",
+            2,
+            "--output-root",
+            tmp_path / name,
+            "--size",
+            "64x64",
+            "--patch-size",
+            64,
+            "--workers",
+            1,
+            *more,
+        )
     cubes = {(tmp_path / n / "Train_Spec" / "synthetic_0001.mat").read_bytes() for n in "abcd"}
-    a, b, c, d = (read_rgb(tmp_path / n / "Train_RGB" / "synthetic_0001.jpg").astype(float) for n in "abcd")
+    a, b, c, d = (
+        read_rgb(tmp_path / n / "Train_RGB" / "synthetic_0001.jpg").astype(float) for n in "abcd"
+    )
     assert len(cubes) == 1
     assert np.abs(a - b).mean() > 1 and c.mean() < 0.5 * a.mean()
     assert d.mean() == pytest.approx(0.18 * 255, rel=0.1)
@@ -92,7 +148,9 @@ def reflectances(family, n, rng):
 def test_reflectances_are_smooth_within_0_and_1_and_mostly_three_dimensional():
     """Published sets of measured reflectances keep 97 % or more of their energy in three components (Parkkinen et al., JOSA A
     1989; Vrhel et al., Color Res. Appl. 1994); step to step, 10 nm apart, they change little."""
-    spectra = np.concatenate([reflectances(family, 150, np.random.default_rng(0)) for family in FAMILIES])
+    spectra = np.concatenate(
+        [reflectances(family, 150, np.random.default_rng(0)) for family in FAMILIES]
+    )
     assert spectra.min() > 0.005 and spectra.max() < 1
     assert np.sqrt(np.mean(np.diff(spectra, 2, axis=1) ** 2)) < 0.02
     energy = np.linalg.svd(spectra, compute_uv=False) ** 2
@@ -102,7 +160,11 @@ def test_reflectances_are_smooth_within_0_and_1_and_mostly_three_dimensional():
 def test_scenes_have_natural_statistics():
     cubes = np.stack([synthetic_cube(np.random.default_rng([7, i]), 96, 96) for i in range(12)])
     assert cubes.dtype == np.float32 and cubes.min() > 0 and cubes.max() <= 1
-    assert 0.05 < cubes.mean() < 0.25 and 0.15 < (cubes < 0.05).mean() < 0.6 and 0.001 < (cubes > 0.5).mean() < 0.1
+    assert (
+        0.05 < cubes.mean() < 0.25
+        and 0.15 < (cubes < 0.05).mean() < 0.6
+        and 0.001 < (cubes > 0.5).mean() < 0.1
+    )
     pixels = cubes.reshape(-1, 31)[::7].astype(float)
     energy = np.linalg.eigvalsh(np.cov(pixels.T))[::-1]
     assert 0.92 < energy[:3].sum() / energy.sum() < 0.995 and energy[0] / energy.sum() < 0.9
@@ -115,9 +177,13 @@ def test_metamers_of_two_families_look_alike_but_have_other_spectra_and_other_te
     leaves, plastics = (reflectances(family, 1500, rng) for family in ("foliage", "plastic"))
     rgb = [spectra @ response for spectra in (leaves, plastics)]
     distance = np.abs(rgb[0][:, None] - rgb[1][None]).max(-1) / rgb[0].mean(-1)[:, None]
-    pairs = np.argwhere(distance < 0.05)  # no camera channel differs by more than 5 % of the brightness
+    pairs = np.argwhere(
+        distance < 0.05
+    )  # no camera channel differs by more than 5 % of the brightness
     cosine = (leaves[pairs[:, 0]] * plastics[pairs[:, 1]]).sum(-1)
-    cosine /= np.linalg.norm(leaves[pairs[:, 0]], axis=-1) * np.linalg.norm(plastics[pairs[:, 1]], axis=-1)
+    cosine /= np.linalg.norm(leaves[pairs[:, 0]], axis=-1) * np.linalg.norm(
+        plastics[pairs[:, 1]], axis=-1
+    )
     angles = np.degrees(np.arccos(cosine))
     assert len(pairs) >= 5 and angles.max() > 12 and np.median(angles) > 6
     assert FAMILIES["foliage"][2] != FAMILIES["plastic"][2]
@@ -125,18 +191,44 @@ def test_metamers_of_two_families_look_alike_but_have_other_spectra_and_other_te
 
 def test_illuminants_are_of_several_kinds_and_ambient_light_has_another_colour():
     rng = np.random.default_rng(0)
-    outdoor, indoor = (np.array([draw_illuminants(where, rng) for _ in range(40)]) for where in (True, False))
+    outdoor, indoor = (
+        np.array([draw_illuminants(where, rng) for _ in range(40)]) for where in (True, False)
+    )
     assert outdoor.min() > 0 and outdoor.max() <= 1
     blue_to_red = indoor[:, 0, 5] / indoor[:, 0, 25]
     assert blue_to_red.min() < 0.6 and blue_to_red.max() > 1
-    assert (outdoor[:, 1, 3] / outdoor[:, 1, 27] > 1.2 * outdoor[:, 0, 3] / outdoor[:, 0, 27]).all()  # the sky is bluer
+    assert (
+        outdoor[:, 1, 3] / outdoor[:, 1, 27] > 1.2 * outdoor[:, 0, 3] / outdoor[:, 0, 27]
+    ).all()  # the sky is bluer
 
 
 def test_a_synthetic_folder_is_not_overwritten_by_other_settings(synthetic, tmp_path):
     before = files(synthetic)
     with pytest.raises(UserError, match="seed 0, not 5"):
-        run("--synthetic", 6, "--output-root", synthetic, "--size", "96x128", "--patch-size", 64, "--seed", 5)
-    run("--synthetic", 6, "--output-root", synthetic, "--size", "96x128", "--patch-size", 64, "--workers", 1)
+        run(
+            "--synthetic",
+            6,
+            "--output-root",
+            synthetic,
+            "--size",
+            "96x128",
+            "--patch-size",
+            64,
+            "--seed",
+            5,
+        )
+    run(
+        "--synthetic",
+        6,
+        "--output-root",
+        synthetic,
+        "--size",
+        "96x128",
+        "--patch-size",
+        64,
+        "--workers",
+        1,
+    )
     assert files(synthetic) == before
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds other things"):
@@ -154,8 +246,14 @@ def test_a_staged_folder_holds_the_scenes_their_statistics_and_checksums(raw, tm
     (raw / "Test_RGB").mkdir()
     shutil.copy(raw / "Train_RGB" / "a.jpg", raw / "Test_RGB" / "t.jpg")
     index = stage(raw, tmp_path / "staged", "--stride", "4")
-    assert index["format"] == "hsi-staged" and index["bands"] == 31 and index["wavelengths"][::30] == [400, 700]
-    names = {split: [entry["name"] for entry in entries] for split, entries in index["splits"].items()}
+    assert (
+        index["format"] == "hsi-staged"
+        and index["bands"] == 31
+        and index["wavelengths"][::30] == [400, 700]
+    )
+    names = {
+        split: [entry["name"] for entry in entries] for split, entries in index["splits"].items()
+    }
     assert names == {"train": ["a", "b", "c"], "val": ["v"], "test": ["t"]}
     cubes = {name: read_cube(raw / "Train_Spec" / f"{name}.mat") for name in "abcv"}
     for split in ("train", "val"):
@@ -173,10 +271,18 @@ def test_a_staged_folder_holds_the_scenes_their_statistics_and_checksums(raw, tm
                 content = (tmp_path / "staged" / entry[kind]).read_bytes()
                 assert entry[f"{kind}_sha256"] == ds.hashlib.sha256(content).hexdigest()
     train = np.concatenate([cubes[name].reshape(-1, 31) for name in "abc"])
-    for name, value in (("mean", train.mean(0)), ("std", train.std(0)), ("min", train.min(0)), ("max", train.max(0))):
+    for name, value in (
+        ("mean", train.mean(0)),
+        ("std", train.std(0)),
+        ("min", train.min(0)),
+        ("max", train.max(0)),
+    ):
         assert index["statistics"][name] == pytest.approx(value, rel=1e-4)
     assert len(index["statistics"]["rgb_mean"]) == 3
-    assert "cube" not in index["splits"]["test"][0] and index["splits"]["test"][0]["shape"] == [96, 80]
+    assert "cube" not in index["splits"]["test"][0] and index["splits"]["test"][0]["shape"] == [
+        96,
+        80,
+    ]
 
 
 def test_the_contact_sheet_shows_the_rgb_beside_the_cube(raw, tmp_path):
@@ -184,13 +290,21 @@ def test_the_contact_sheet_shows_the_rgb_beside_the_cube(raw, tmp_path):
     with Image.open(tmp_path / "staged" / "contact_sheet.png") as image:
         sheet = np.asarray(image.convert("RGB"))
     assert sheet.shape[1] > 600 and sheet.shape[0] > 400
-    columns = np.ptp(sheet[:, : sheet.shape[1] // 6 * 6].reshape(sheet.shape[0], 6, -1), axis=(0, 2))
+    columns = np.ptp(
+        sheet[:, : sheet.shape[1] // 6 * 6].reshape(sheet.shape[0], 6, -1), axis=(0, 2)
+    )
     assert (columns > 100).all()  # six pictures a row, none of them blank
 
 
 def test_the_loaders_read_what_was_staged(synthetic, tmp_path):
     stage(synthetic, tmp_path / "staged", "--patch-size", "64")
-    config = DataConfig(data_root=str(tmp_path / "staged"), patch_size=64, batch_size=2, memory_mode="lazy", num_workers=0)
+    config = DataConfig(
+        data_root=str(tmp_path / "staged"),
+        patch_size=64,
+        batch_size=2,
+        memory_mode="lazy",
+        num_workers=0,
+    )
     train, val = create_optimized_dataloaders(config)
     assert next(iter(train)).cube.shape == (2, 64, 64, 31)
     assert next(iter(val)).cube.shape == (1, 31, 96, 128)
@@ -200,7 +314,9 @@ def test_dtype_scale_and_patch_grid_change_what_they_name(raw, tmp_path):
     flags = ("--dtype", "float32", "--scale", "2", "--patch-grid", "cover", "--stride", "30")
     plain, other = stage(raw, tmp_path / "a"), stage(raw, tmp_path / "b", *flags)
     assert other["splits"]["train"][0]["dtype"] == "float32"
-    assert other["statistics"]["mean"] == pytest.approx(np.array(plain["statistics"]["mean"]) / 2, rel=1e-4)
+    assert other["statistics"]["mean"] == pytest.approx(
+        np.array(plain["statistics"]["mean"]) / 2, rel=1e-4
+    )
     assert other["splits"]["train"][0]["grid"] == [4, 3]  # rows 0 30 60 64, columns 0 30 48
 
 
@@ -218,7 +334,9 @@ def test_a_stopped_staging_carries_on_and_gives_the_same_folder(raw, tmp_path, m
         patch.setattr(ds, "run_jobs", stop)
         stage(raw, stopped)
     assert not (stopped / "index.json").exists()
-    (stopped / "train" / "c.cube.npy").write_bytes(b"half")  # a file without its record is written again
+    (stopped / "train" / "c.cube.npy").write_bytes(
+        b"half"
+    )  # a file without its record is written again
     kept = (stopped / "train" / "a.cube.npy").stat().st_mtime_ns
     stage(raw, stopped)
     assert (stopped / "train" / "a.cube.npy").stat().st_mtime_ns == kept
@@ -230,7 +348,9 @@ def test_a_changed_raw_file_is_staged_again(raw, tmp_path):
     with h5py.File(raw / "Train_Spec" / "b.mat", "r+") as file:
         file["cube"][...] *= 0.5
     after = stage(raw, tmp_path / "staged")
-    sums = [[entry["cube_sha256"] for entry in index["splits"]["train"]] for index in (before, after)]
+    sums = [
+        [entry["cube_sha256"] for entry in index["splits"]["train"]] for index in (before, after)
+    ]
     assert [x == y for x, y in zip(*sums, strict=True)] == [True, False, True]
 
 
@@ -262,7 +382,9 @@ def test_a_damaged_staged_file_is_staged_again(raw, tmp_path):
     assert files(tmp_path / "staged") == before
 
 
-@pytest.mark.parametrize("flag", [("--stride", "4"), ("--patch-size", "48"), ("--dtype", "float32"), ("--scale", "2")])
+@pytest.mark.parametrize(
+    "flag", [("--stride", "4"), ("--patch-size", "48"), ("--dtype", "float32"), ("--scale", "2")]
+)
 def test_a_folder_staged_with_other_settings_is_refused_and_left_as_it_is(raw, tmp_path, flag):
     stage(raw, tmp_path / "staged")
     before = files(tmp_path / "staged")
@@ -280,10 +402,14 @@ def test_a_full_disk_is_refused_before_anything_is_written(raw, tmp_path, monkey
 
 def test_what_staging_says_it_will_write_is_what_it_writes(raw, tmp_path):
     settings = {"bands": 31, "dtype": "float16", "patch_size": 32, "stride": 8, "render_rgb": None}
-    jobs = [(split, scene) for split, scenes in ds.data.find_scenes(raw).items() for scene in scenes]
+    jobs = [
+        (split, scene) for split, scenes in ds.data.find_scenes(raw).items() for scene in scenes
+    ]
     said = sum(ds._bytes_needed(job, settings) for job in jobs)
     stage(raw, tmp_path / "staged")
-    assert sum(p.stat().st_size for p in (tmp_path / "staged").rglob("*.npy")) == pytest.approx(said, rel=0.01)
+    assert sum(p.stat().st_size for p in (tmp_path / "staged").rglob("*.npy")) == pytest.approx(
+        said, rel=0.01
+    )
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -329,7 +455,15 @@ def break_range(raw):
     return "a.mat.*--scale"
 
 
-DEFECTS = [break_nothing_there, break_jpeg, break_listed_cube, break_size, break_mat, break_values, break_range]
+DEFECTS = [
+    break_nothing_there,
+    break_jpeg,
+    break_listed_cube,
+    break_size,
+    break_mat,
+    break_values,
+    break_range,
+]
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -345,12 +479,16 @@ def test_a_defect_is_one_line_that_names_the_file_and_leaves_no_half_scene(raw, 
 
 
 @pytest.mark.parametrize("defect", DEFECTS[1:])
-def test_verify_only_prints_the_problem_in_a_table_writes_nothing_and_returns_1(raw, defect, capsys):
+def test_verify_only_prints_the_problem_in_a_table_writes_nothing_and_returns_1(
+    raw, defect, capsys
+):
     message = defect(raw)
     before = files(raw)
     assert run("--arad-root", raw, "--verify-only", "--workers", 1) == 1
     out = capsys.readouterr().out
-    assert "PROBLEM" in out and "4 scenes, 1 with problems" in out and out.count("96 x 80 x 31") >= 3
+    assert (
+        "PROBLEM" in out and "4 scenes, 1 with problems" in out and out.count("96 x 80 x 31") >= 3
+    )
     assert message.split(".*")[-1] in out and files(raw) == before
 
 
@@ -359,10 +497,19 @@ def test_verify_only_returns_0_when_all_is_well(raw, capsys):
     assert "4 scenes, 0 with problems" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--patch-size", "0"), "--patch-size"), (("--workers", "0"), "--workers"), (("--scale", "-1"), "--scale"),
-    (("--exposure", "bright"), "--exposure"), (("--size", "12y"), "--size"), (("--dtype", "int8"), "--dtype"),
-    (("--val-fraction", "1.5"), "--val-fraction"), (("--nonsense",), "nonsense")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--patch-size", "0"), "--patch-size"),
+        (("--workers", "0"), "--workers"),
+        (("--scale", "-1"), "--scale"),
+        (("--exposure", "bright"), "--exposure"),
+        (("--size", "12y"), "--size"),
+        (("--dtype", "int8"), "--dtype"),
+        (("--val-fraction", "1.5"), "--val-fraction"),
+        (("--nonsense",), "nonsense"),
+    ],
+)
 def test_a_bad_flag_is_one_line_and_exit_code_2(raw, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
         run_cli(lambda: stage(raw, tmp_path / "staged", *flags))
@@ -371,10 +518,17 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(raw, tmp_path, capsys, flags, me
     assert not (tmp_path / "staged").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--patch-size", "97"), "97"), (("--val-fraction", "0.5"), "--val-fraction.*split_txt"),
-    (("--render-rgb", "--camera", "x"), "camera x")])
-def test_settings_that_do_not_fit_the_data_are_refused_before_anything_is_written(raw, tmp_path, flags, message):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--patch-size", "97"), "97"),
+        (("--val-fraction", "0.5"), "--val-fraction.*split_txt"),
+        (("--render-rgb", "--camera", "x"), "camera x"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused_before_anything_is_written(
+    raw, tmp_path, flags, message
+):
     with pytest.raises(UserError, match=message):
         stage(raw, tmp_path / "staged", *flags)
     assert not (tmp_path / "staged").exists()
@@ -408,21 +562,42 @@ def test_cubes_of_other_bands_are_scaled_rendered_and_split_by_seed(cubes, tmp_p
     mean = np.mean(index["statistics"]["rgb_mean"])
     assert mean == pytest.approx(0.18 * 255, rel=0.1)  # automatic exposure
     names = {e["name"] for e in index["splits"]["val"]}
-    again, other = (stage_cubes(cubes, tmp_path / n, "--val-fraction", "0.3", "--split-seed", s) for n, s in (("b", 0), ("c", 1)))
-    assert {e["name"] for e in again["splits"]["val"]} == names != {e["name"] for e in other["splits"]["val"]}
+    again, other = (
+        stage_cubes(cubes, tmp_path / n, "--val-fraction", "0.3", "--split-seed", s)
+        for n, s in (("b", 0), ("c", 1))
+    )
+    assert (
+        {e["name"] for e in again["splits"]["val"]}
+        == names
+        != {e["name"] for e in other["splits"]["val"]}
+    )
     assert len(stage_cubes(cubes, tmp_path / "d")["splits"]["val"]) == 1
 
 
 def test_camera_exposure_and_seed_change_the_rendered_images(cubes, tmp_path):
-    variants = {"a": (), "b": ("--camera", "analytic2"), "c": ("--exposure", "0.9"), "d": ("--seed", "1"), "e": ()}
-    sums = {n: stage_cubes(cubes, tmp_path / n, *more)["splits"]["train"][0]["rgb_sha256"] for n, more in variants.items()}
+    variants = {
+        "a": (),
+        "b": ("--camera", "analytic2"),
+        "c": ("--exposure", "0.9"),
+        "d": ("--seed", "1"),
+        "e": (),
+    }
+    sums = {
+        n: stage_cubes(cubes, tmp_path / n, *more)["splits"]["train"][0]["rgb_sha256"]
+        for n, more in variants.items()
+    }
     assert sums["a"] == sums["e"] and len(set(sums.values())) == 4
 
 
 def test_render_rgb_all_replaces_the_images_and_missing_only_adds(raw, tmp_path):
     (raw / "Train_RGB" / "b.jpg").unlink()
-    missing, everything = (stage(raw, tmp_path / how, "--render-rgb", how) for how in ("missing", "all"))
-    given = [read_rgb(raw / "Train_RGB" / "a.jpg"), np.load(tmp_path / "missing" / "train" / "a.rgb.npy")]
+    missing, everything = (
+        stage(raw, tmp_path / how, "--render-rgb", how) for how in ("missing", "all")
+    )
+    given = [
+        read_rgb(raw / "Train_RGB" / "a.jpg"),
+        np.load(tmp_path / "missing" / "train" / "a.rgb.npy"),
+    ]
     assert np.array_equal(*given)
     sums = [[e["rgb_sha256"] for e in index["splits"]["train"]] for index in (missing, everything)]
     assert [x == y for x, y in zip(*sums, strict=True)] == [False, True, False]
@@ -436,10 +611,22 @@ def test_key_and_axes_are_used_and_wavelengths_asked_for(tmp_path):
     flags = ("--render-rgb", "--cube-key", "first", "--axes", "chw")
     with pytest.raises(UserError, match="--wavelengths"):
         run("--cubes", folder, "--output-root", tmp_path / "s", *SMALL, *flags)
-    run("--cubes", folder, "--output-root", tmp_path / "s", *SMALL, *flags, "--wavelengths", 420, 680)
+    run(
+        "--cubes",
+        folder,
+        "--output-root",
+        tmp_path / "s",
+        *SMALL,
+        *flags,
+        "--wavelengths",
+        420,
+        680,
+    )
     index = json.loads((tmp_path / "s" / "index.json").read_text())
     assert index["wavelengths"][0] == 420 and index["wavelengths"][-1] == 680
-    assert np.load(tmp_path / "s" / index["splits"]["val"][0]["cube"]) == pytest.approx(cube / 2, rel=1e-6)
+    assert np.load(tmp_path / "s" / index["splits"]["val"][0]["cube"]) == pytest.approx(
+        cube / 2, rel=1e-6
+    )
 
 
 def test_two_files_of_one_scene_are_an_error_not_a_choice(tmp_path):
@@ -458,8 +645,18 @@ def test_a_cave_folder_is_staged_with_its_picture(tmp_path):
         planes[scene] = rng.integers(0, 60000, (31, 40, 48)).astype(np.uint16)
         for i, plane in enumerate(planes[scene]):
             Image.fromarray(plane).save(inner / f"{scene}_{i + 1:02d}.png")
-        Image.fromarray(rng.integers(0, 255, (40, 48, 3)).astype(np.uint8)).save(inner / f"{scene.removesuffix('_ms')}_RGB.bmp")
-    run("--cave-root", tmp_path / "cave", "--output-root", tmp_path / "staged", *SMALL, "--dtype", "float32")
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3)).astype(np.uint8)).save(
+            inner / f"{scene.removesuffix('_ms')}_RGB.bmp"
+        )
+    run(
+        "--cave-root",
+        tmp_path / "cave",
+        "--output-root",
+        tmp_path / "staged",
+        *SMALL,
+        "--dtype",
+        "float32",
+    )
     index = json.loads((tmp_path / "staged" / "index.json").read_text())
     entry = index["splits"]["train"][0]
     assert {e["name"] for s in ("train", "val") for e in index["splits"][s]} == {"beads", "cloth"}

@@ -33,17 +33,34 @@ def scenes(tmp_path_factory):
     return write_raw_arad(tmp_path_factory.mktemp("scenes"), train=("t",), valid=("v", "w", "x"))
 
 
-def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbers(tmp_path, scenes):
+def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbers(
+    tmp_path, scenes
+):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt")
-    run("--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--split", "val", "--output", tmp_path / "res",
-        "--metric-floor", "0.001")
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--evaluate",
+        "--data_root",
+        scenes,
+        "--split",
+        "val",
+        "--output",
+        tmp_path / "res",
+        "--metric-floor",
+        "0.001",
+    )
     loader = data.val_loader(data.DataConfig(str(scenes), rgb_norm="per_image"))
     model = standin_model.create("tiny").eval()
     for scene in loader:
         with torch.no_grad():
             pred = model(scene.rgb)
-        cube, target = (np.load(tmp_path / "res/hsi" / f"{scene.name}{end}.npy") for end in ("", "_target"))
-        assert cube.shape == target.shape == (31, 96, 80) and cube.dtype == target.dtype == np.float32
+        cube, target = (
+            np.load(tmp_path / "res/hsi" / f"{scene.name}{end}.npy") for end in ("", "_target")
+        )
+        assert (
+            cube.shape == target.shape == (31, 96, 80) and cube.dtype == target.dtype == np.float32
+        )
         assert cube.min() >= 0 and cube.max() <= 1
         np.testing.assert_allclose(cube, pred[0].clamp(0, 1), atol=1e-6)
         np.testing.assert_allclose(target, scene.cube[0], atol=0)
@@ -51,8 +68,14 @@ def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbe
         keys = ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full")
         assert all(isinstance(metrics[key], float) for key in keys)
         want = scene_metrics(pred, scene.cube, floor=0.001)
-        assert metrics["mrae"] == pytest.approx(want["mrae"], rel=1e-5) and metrics["metric_floor"] == 0.001
-        assert metrics["rmse"] == pytest.approx(want["rmse"], rel=1e-5) and metrics["border"] == [24, 20]
+        assert (
+            metrics["mrae"] == pytest.approx(want["mrae"], rel=1e-5)
+            and metrics["metric_floor"] == 0.001
+        )
+        assert metrics["rmse"] == pytest.approx(want["rmse"], rel=1e-5) and metrics["border"] == [
+            24,
+            20,
+        ]
     with open(tmp_path / "res/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["scene_id"] for row in rows] == ["v", "w", "x"]
@@ -64,24 +87,51 @@ def test_results_satisfy_the_hsi_viz_suite_contract_and_hold_the_protocols_numbe
     assert summary["macs_256"] == 256 * 256 * 9 * (3 * 8 + 8 * 31)
     assert len(summary["per_band"]["mrae"]) == 31
     assert summary["seconds_per_frame"] > 0 and summary["peak_memory_mb"] > 0.5
-    assert {p.name for p in (tmp_path / "res/figures").iterdir()} == {"best.png", "worst.png", "curves.png"}
+    assert {p.name for p in (tmp_path / "res/figures").iterdir()} == {
+        "best.png",
+        "worst.png",
+        "curves.png",
+    }
     assert "| m (ema weights, rgb per_image)" in (tmp_path / "res/table.md").read_text()
 
 
 def test_scenes_of_other_wavelengths_are_refused(tmp_path):
-    path, data_root = write_checkpoint(tmp_path / "m.ckpt"), write_raw_arad(tmp_path / "raw", train=("t",), valid=("v",))
+    path, data_root = (
+        write_checkpoint(tmp_path / "m.ckpt"),
+        write_raw_arad(tmp_path / "raw", train=("t",), valid=("v",)),
+    )
     state = common.read_checkpoint(path)
     state["data"]["wavelengths"] = [w + 20 for w in state["data"]["wavelengths"]]
     common.save_checkpoint(path, state)
     with pytest.raises(common.UserError, match="was trained on 425..725 nm"):
-        run("--checkpoint", path, "--evaluate", "--data_root", data_root, "--output", tmp_path / "res")
+        run(
+            "--checkpoint",
+            path,
+            "--evaluate",
+            "--data_root",
+            data_root,
+            "--output",
+            tmp_path / "res",
+        )
 
 
-def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_a_scale(tmp_path, scenes):
+def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_a_scale(
+    tmp_path, scenes
+):
     write_checkpoint(tmp_path / "a.ckpt")
     write_checkpoint(tmp_path / "b.ckpt", estimate_uncertainty=True)
-    run("--checkpoint", f"first={tmp_path / 'a.ckpt'}", f"second={tmp_path / 'b.ckpt'}", "--evaluate",
-        "--data_root", scenes, "--output", tmp_path / "res", "--format", "mat")
+    run(
+        "--checkpoint",
+        f"first={tmp_path / 'a.ckpt'}",
+        f"second={tmp_path / 'b.ckpt'}",
+        "--evaluate",
+        "--data_root",
+        scenes,
+        "--output",
+        tmp_path / "res",
+        "--format",
+        "mat",
+    )
     models = json.loads((tmp_path / "res/summary.json").read_text())["models"]
     assert [model["name"] for model in models] == ["first", "second"]
     assert models[0]["mean"]["mrae"] == pytest.approx(models[1]["mean"]["mrae"])
@@ -93,32 +143,78 @@ def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_
     with torch.no_grad():
         error = {scene.name: (model(scene.rgb) - scene.cube).abs() for scene in loader}
     for percent in (50, 90, 95):  # the stand-in's scale is 0.1 everywhere
-        inside = np.mean([(error[name] <= -0.1 * math.log(1 - percent / 100)).float().mean() for name in names])
+        inside = np.mean(
+            [(error[name] <= -0.1 * math.log(1 - percent / 100)).float().mean() for name in names]
+        )
         assert models[1]["mean"][f"coverage_{percent}"] == pytest.approx(inside, abs=1e-4)
 
 
 def test_ranks_together_give_the_numbers_of_one(tmp_path, scenes):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt")
-    run("--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--output", tmp_path / "one")
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "import sharp_inference as inference\n"
-            "inference.FACTORIES['hsifusion'] = ('standin_model', 'create')\ninference.main()\n")
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--evaluate",
+        "--data_root",
+        scenes,
+        "--output",
+        tmp_path / "one",
+    )
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import sharp_inference as inference\n"
+        "inference.FACTORIES['hsifusion'] = ('standin_model', 'create')\ninference.main()\n"
+    )
     (tmp_path / "main.py").write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, tmp_path / "main.py", "--checkpoint", checkpoint, "--evaluate", "--data_root", scenes,
-                    "--output", tmp_path / "two"], check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    subprocess.run(
+        [
+            *launcher,
+            tmp_path / "main.py",
+            "--checkpoint",
+            checkpoint,
+            "--evaluate",
+            "--data_root",
+            scenes,
+            "--output",
+            tmp_path / "two",
+        ],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     assert (tmp_path / "one/metrics.csv").read_text() == (tmp_path / "two/metrics.csv").read_text()
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    )
     assert all(one[key] == two[key] for key in ("mean", "interval_95", "per_band", "best", "worst"))
 
 
-def test_stress_report_covers_every_change_and_the_recipe_moves_the_least(tmp_path, scenes, monkeypatch):
+def test_stress_report_covers_every_change_and_the_recipe_moves_the_least(
+    tmp_path, scenes, monkeypatch
+):
     seen = []
-    monkeypatch.setattr(inference, "predict_scene",
-                        lambda model, rgb, args: (seen.append(rgb), (torch.zeros(31, 96, 80), None))[1])
-    run("--checkpoint", write_checkpoint(tmp_path / "m.ckpt", rgb_norm="unit"), "--stress", "--data_root", scenes,
-        "--output", tmp_path / "res")
+    monkeypatch.setattr(
+        inference,
+        "predict_scene",
+        lambda model, rgb, args: (seen.append(rgb), (torch.zeros(31, 96, 80), None))[1],
+    )
+    run(
+        "--checkpoint",
+        write_checkpoint(tmp_path / "m.ckpt", rgb_norm="unit"),
+        "--stress",
+        "--data_root",
+        scenes,
+        "--output",
+        tmp_path / "res",
+    )
     rows = json.loads((tmp_path / "res/stress.json").read_text())["rows"]
     names = ["as given", *inference.STRESS]
     assert [row["change"] for row in rows] == names and len(rows) == 13
@@ -126,14 +222,22 @@ def test_stress_report_covers_every_change_and_the_recipe_moves_the_least(tmp_pa
     means = {name: float(rgb.mean()) for name, rgb in renders.items()}
     assert means["recipe"] == pytest.approx(means["as given"], abs=0.03)
     assert means["exposure 0.5"] == pytest.approx(means["recipe"] / 2, rel=0.1)
-    difference = {name: float((rgb - renders["recipe"]).abs().mean()) for name, rgb in renders.items()}
+    difference = {
+        name: float((rgb - renders["recipe"]).abs().mean()) for name, rgb in renders.items()
+    }
     assert difference["electrons 50"] > difference["electrons 5000"] > 0
     assert difference["camera analytic2"] > 0.005
     assert (tmp_path / "res/stress.md").exists() and (tmp_path / "res/figures/stress.png").exists()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--data_root", "nowhere"], "nowhere"), (["--split", "test"], "test"), (["--bands"], "28 bands")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data_root", "nowhere"], "nowhere"),
+        (["--split", "test"], "test"),
+        (["--bands"], "28 bands"),
+    ],
+)
 def test_bad_evaluation_input_is_one_line(tmp_path, scenes, flags, words):
     bands = 28 if flags == ["--bands"] else 31
     checkpoint = write_checkpoint(tmp_path / "m.ckpt", out_channels=bands)
@@ -148,10 +252,24 @@ def test_mst_plus_plus_weights_need_its_checkout(tmp_path, scenes):
     folder.mkdir(parents=True)
     (folder / "MST_Plus_Plus.py").write_text(
         "from torch import nn\nclass MST_Plus_Plus(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.embedding = nn.Conv2d(3, 31, 1)\n    def forward(self, x):\n        return self.embedding(x)\n")
-    weights = {"module.embedding.weight": torch.rand(31, 3, 1, 1), "module.embedding.bias": torch.rand(31)}
-    torch.save({"epoch": 1, "state_dict": weights, "optimizer": {"state": {}}}, tmp_path / "mst.pth")
-    argv = ["--checkpoint", tmp_path / "mst.pth", "--evaluate", "--data_root", scenes, "--output", tmp_path / "res"]
+        "        self.embedding = nn.Conv2d(3, 31, 1)\n    def forward(self, x):\n        return self.embedding(x)\n"
+    )
+    weights = {
+        "module.embedding.weight": torch.rand(31, 3, 1, 1),
+        "module.embedding.bias": torch.rand(31),
+    }
+    torch.save(
+        {"epoch": 1, "state_dict": weights, "optimizer": {"state": {}}}, tmp_path / "mst.pth"
+    )
+    argv = [
+        "--checkpoint",
+        tmp_path / "mst.pth",
+        "--evaluate",
+        "--data_root",
+        scenes,
+        "--output",
+        tmp_path / "res",
+    ]
     with pytest.raises(common.UserError, match="--mst_root"):
         run(*argv)
     run(*argv, "--mst-root", tmp_path / "MST")
@@ -160,7 +278,15 @@ def test_mst_plus_plus_weights_need_its_checkout(tmp_path, scenes):
 
 def test_an_earlier_evaluation_is_kept_unless_told_otherwise(tmp_path, scenes):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt")
-    argv = ["--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--output", tmp_path / "res"]
+    argv = [
+        "--checkpoint",
+        checkpoint,
+        "--evaluate",
+        "--data_root",
+        scenes,
+        "--output",
+        tmp_path / "res",
+    ]
     run(*argv, "--split", "train")
     before = (tmp_path / "res" / "summary.json").read_bytes()
     with pytest.raises(common.UserError, match="res: holds an evaluation; give --overwrite"):

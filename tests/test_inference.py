@@ -30,9 +30,16 @@ def checkpoint(tmp_path):
 
 def write_checkpoint(path, rgb_norm="per_image", ema_shift=0.0, **overrides):
     model = standin_model.create("tiny", **overrides)
-    state = {"model": "hsifusion", "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(),
-             "ema": {k: v + ema_shift for k, v in model.state_dict().items()},
-             "data": {"rgb_norm": rgb_norm, "wavelengths": [405.0 + 10 * i for i in range(model.config.out_channels)]}}
+    state = {
+        "model": "hsifusion",
+        "model_config": dataclasses.asdict(model.config),
+        "state_dict": model.state_dict(),
+        "ema": {k: v + ema_shift for k, v in model.state_dict().items()},
+        "data": {
+            "rgb_norm": rgb_norm,
+            "wavelengths": [405.0 + 10 * i for i in range(model.config.out_channels)],
+        },
+    }
     common.save_checkpoint(path, state)
     return path
 
@@ -56,10 +63,20 @@ def expected(pixels, rgb_norm="per_image"):
 
 @pytest.mark.parametrize("rgb_norm", ["per_image", "unit"])
 @pytest.mark.parametrize("tiles", [[], ["--patch-size", 64, "--overlap", 16, "--batch_size", 2]])
-def test_cube_is_the_models_output_for_the_normalised_whole_image(tmp_path, rgb_norm, tiles, capsys):
+def test_cube_is_the_models_output_for_the_normalised_whole_image(
+    tmp_path, rgb_norm, tiles, capsys
+):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt", rgb_norm)
     pixels = photo(tmp_path / "a.png")
-    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", *tiles)
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+        *tiles,
+    )
     cube = np.load(tmp_path / "a.npy")
     assert cube.dtype == np.float32 and cube.flags.c_contiguous
     np.testing.assert_allclose(cube, expected(pixels, rgb_norm), atol=1e-5)
@@ -71,14 +88,23 @@ def test_all_formats_hold_the_same_cube_with_wavelengths_and_the_right_axes(tmp_
     envi = pytest.importorskip("spectral.io.envi")
     pixels = photo(tmp_path / "a.png")
     for name in ("a.npy", "a.mat", "a.hdr", "a.npz"):
-        run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "out" / name)
+        run(
+            "--checkpoint",
+            checkpoint,
+            "--input",
+            tmp_path / "a.png",
+            "--output",
+            tmp_path / "out" / name,
+        )
     cube, wavelengths = expected(pixels), [405.0 + 10 * i for i in range(31)]
     np.testing.assert_allclose(np.load(tmp_path / "out/a.npy"), cube, atol=1e-6)
     with np.load(tmp_path / "out/a.npz") as file:
         np.testing.assert_allclose(file["cube"], cube, atol=1e-6)
         assert file["wavelengths"].tolist() == wavelengths
     with h5py.File(tmp_path / "out/a.mat") as file:
-        assert file["cube"].shape == (31, 90, 72) and file["cube"].attrs["MATLAB_class"] == b"single"
+        assert (
+            file["cube"].shape == (31, 90, 72) and file["cube"].attrs["MATLAB_class"] == b"single"
+        )
         np.testing.assert_allclose(np.transpose(file["cube"], (0, 2, 1)), cube, atol=1e-6)
         assert file["bands"][:, 0].tolist() == wavelengths
     header = (tmp_path / "out/a.mat").read_bytes()[:128]
@@ -86,10 +112,18 @@ def test_all_formats_hold_the_same_cube_with_wavelengths_and_the_right_axes(tmp_
     image = envi.open(str(tmp_path / "out/a.hdr"))
     np.testing.assert_allclose(np.asarray(image.load()).transpose(2, 0, 1), cube, atol=1e-6)
     assert image.bands.centers == wavelengths and image.bands.band_unit == "Nanometers"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.hdr", "a.img", "a.mat", "a.npy", "a.npz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a.hdr",
+        "a.img",
+        "a.mat",
+        "a.npy",
+        "a.npz",
+    ]
 
 
-def test_mat_reads_back_through_the_projects_reader_and_scipy_knows_the_version(tmp_path, checkpoint):
+def test_mat_reads_back_through_the_projects_reader_and_scipy_knows_the_version(
+    tmp_path, checkpoint
+):
     import optimized_dataloader as data
 
     pixels = photo(tmp_path / "a.png")
@@ -113,19 +147,25 @@ def test_ensemble_is_the_mean_of_the_eight_views(checkpoint):
                 back = torch.rot90(model.module(view.contiguous()), -turns, (2, 3))
             views.append(back.flip(3) if flip else back)
     assert len({tuple(v.flatten()[:9].tolist()) for v in views}) == 8
-    torch.testing.assert_close(inference.forward(model, x, args), torch.stack(views).mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        inference.forward(model, x, args), torch.stack(views).mean(0), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [(20, 100), (1, 1), (63, 64), (300, 5)])
-def test_images_smaller_than_the_models_least_input_are_padded_and_cut_back(tmp_path, checkpoint, size):
+def test_images_smaller_than_the_models_least_input_are_padded_and_cut_back(
+    tmp_path, checkpoint, size
+):
     photo(tmp_path / "a.png", size)
     run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
     cube = np.load(tmp_path / "a.npy")
     assert cube.shape == (31, *size) and np.isfinite(cube).all()
 
 
-@pytest.mark.parametrize("mode, remark", [
-    ("L", "grey"), ("RGBA", "alpha"), ("I;16", "16 bit"), ("P", "RGB"), ("CMYK", "RGB")])
+@pytest.mark.parametrize(
+    "mode, remark",
+    [("L", "grey"), ("RGBA", "alpha"), ("I;16", "16 bit"), ("P", "RGB"), ("CMYK", "RGB")],
+)
 def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mode, remark):
     pixels = photo(tmp_path / "rgb.png")
     if mode == "I;16":
@@ -166,12 +206,27 @@ def test_batch_goes_on_after_bad_inputs_and_lists_them(tmp_path, checkpoint, cap
 def test_an_input_that_is_not_there_does_not_stop_the_others(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
     with pytest.raises(common.UserError, match="1 of 2 inputs failed: .*gone.png: no such image"):
-        run("--checkpoint", checkpoint, "--input", tmp_path / "gone.png", tmp_path / "a.png", "--output", tmp_path / "out")
+        run(
+            "--checkpoint",
+            checkpoint,
+            "--input",
+            tmp_path / "gone.png",
+            tmp_path / "a.png",
+            "--output",
+            tmp_path / "out",
+        )
     assert (tmp_path / "out" / "a.npy").exists()
 
 
-@pytest.mark.parametrize("damage", [{"state_dict": [1]}, {"model_config": [1]}, {"data": "x"},
-                                    {"model_config": {"in_channels": 4}}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"state_dict": [1]},
+        {"model_config": [1]},
+        {"data": "x"},
+        {"model_config": {"in_channels": 4}},
+    ],
+)
 def test_a_checkpoint_of_the_wrong_kind_is_one_line(tmp_path, checkpoint, damage):
     state = common.read_checkpoint(checkpoint)
     if "in_channels" in damage.get("model_config", ()):
@@ -179,26 +234,50 @@ def test_a_checkpoint_of_the_wrong_kind_is_one_line(tmp_path, checkpoint, damage
     common.save_checkpoint(tmp_path / "bad.ckpt", state | damage)
     photo(tmp_path / "a.png")
     with pytest.raises(common.UserError, match="bad.ckpt"):
-        run("--checkpoint", tmp_path / "bad.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+        run(
+            "--checkpoint",
+            tmp_path / "bad.ckpt",
+            "--input",
+            tmp_path / "a.png",
+            "--output",
+            tmp_path / "a.npy",
+        )
 
 
 def test_safetensors_say_whether_their_weights_are_averaged(tmp_path, checkpoint):
     state = common.read_checkpoint(checkpoint)
     for averaged in (True, False):
         path = tmp_path / f"{averaged}.safetensors"
-        common.save_weights(path, state["state_dict"], "hsifusion", state["model_config"], state["data"], averaged)
+        common.save_weights(
+            path, state["state_dict"], "hsifusion", state["model_config"], state["data"], averaged
+        )
         args = inference.Settings(checkpoint=[str(path)], input=["x"], output="y")
-        assert inference.load_model(str(path), args, torch.device("cpu")).weights == ("ema" if averaged else "raw")
+        assert inference.load_model(str(path), args, torch.device("cpu")).weights == (
+            "ema" if averaged else "raw"
+        )
 
 
 def test_bands_that_the_eye_cannot_see_have_a_preview_too(tmp_path):
     model = standin_model.create("tiny")
-    state = {"model": "hsifusion", "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(),
-             "data": {"rgb_norm": "unit", "wavelengths": [800.0 + 10 * i for i in range(31)]}}
+    state = {
+        "model": "hsifusion",
+        "model_config": dataclasses.asdict(model.config),
+        "state_dict": model.state_dict(),
+        "data": {"rgb_norm": "unit", "wavelengths": [800.0 + 10 * i for i in range(31)]},
+    }
     common.save_checkpoint(tmp_path / "ir.ckpt", state)
     photo(tmp_path / "a.png")
-    run("--checkpoint", tmp_path / "ir.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--preview",
-        "--points", "3,4")
+    run(
+        "--checkpoint",
+        tmp_path / "ir.ckpt",
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+        "--preview",
+        "--points",
+        "3,4",
+    )
     assert Image.open(tmp_path / "a_preview.png").size == (90, 72)
 
 
@@ -206,9 +285,24 @@ def test_existing_cube_is_kept_unless_overwrite(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
     (tmp_path / "a.npy").write_bytes(b"mine")
     with pytest.raises(common.UserError, match="--overwrite"):
-        run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+        run(
+            "--checkpoint",
+            checkpoint,
+            "--input",
+            tmp_path / "a.png",
+            "--output",
+            tmp_path / "a.npy",
+        )
     assert (tmp_path / "a.npy").read_bytes() == b"mine"
-    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--overwrite")
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+        "--overwrite",
+    )
     assert np.load(tmp_path / "a.npy").shape == (31, 72, 90)
 
 
@@ -225,12 +319,23 @@ class Evil:
         return os.system, ("touch /tmp/inference-was-here",)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"--checkpoint": "none.ckpt"}, "none.ckpt"), ({"--checkpoint": "evil.pth"}, "refused"),
-    ({"--checkpoint": "cut.ckpt"}, "cut.ckpt"), ({"--checkpoint": "other.ckpt"}, "fit"),
-    ({"--checkpoint": "bare.pth"}, "--model"), ({"--input": "none*.png"}, "none"),
-    ({"--output": "file/x"}, "file"), ({"--patch-size": "8"}, "--patch_size"), ({"--overlap": "2000"}, "--overlap"),
-    ({"--device": "tpu"}, "--device"), ({"--format": "mat"}, "--format|folder"), ({"--points": "3;4"}, "--points")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"--checkpoint": "none.ckpt"}, "none.ckpt"),
+        ({"--checkpoint": "evil.pth"}, "refused"),
+        ({"--checkpoint": "cut.ckpt"}, "cut.ckpt"),
+        ({"--checkpoint": "other.ckpt"}, "fit"),
+        ({"--checkpoint": "bare.pth"}, "--model"),
+        ({"--input": "none*.png"}, "none"),
+        ({"--output": "file/x"}, "file"),
+        ({"--patch-size": "8"}, "--patch_size"),
+        ({"--overlap": "2000"}, "--overlap"),
+        ({"--device": "tpu"}, "--device"),
+        ({"--format": "mat"}, "--format|folder"),
+        ({"--points": "3;4"}, "--points"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, checkpoint, monkeypatch, change, words):
     monkeypatch.chdir(tmp_path)
     photo("a.png")
@@ -244,16 +349,35 @@ def test_bad_input_is_one_line(tmp_path, checkpoint, monkeypatch, change, words)
     with pytest.raises((common.UserError, OSError, SystemExit)) as error:
         run(*(part for flag in flags.items() for part in flag))
     if error.type is not SystemExit:
-        assert any(word in str(error.value) for word in words.split("|")) and "\n" not in str(error.value)
+        assert any(word in str(error.value) for word in words.split("|")) and "\n" not in str(
+            error.value
+        )
     assert not os.path.exists("/tmp/inference-was-here")
     assert not (tmp_path / "out.npy").exists()
 
 
 def test_bare_state_dict_works_with_the_model_named(tmp_path, checkpoint):
     pixels = photo(tmp_path / "a.png")
-    torch.save({f"module.{k}": v for k, v in standin_model.create(width=5).state_dict().items()}, tmp_path / "bare.pth")
-    run("--checkpoint", tmp_path / "bare.pth", "--model", "hsifusion", "--model_size", "tiny", "--model-options",
-        json.dumps({"width": 5}), "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy", "--rgb_norm", "unit")
+    torch.save(
+        {f"module.{k}": v for k, v in standin_model.create(width=5).state_dict().items()},
+        tmp_path / "bare.pth",
+    )
+    run(
+        "--checkpoint",
+        tmp_path / "bare.pth",
+        "--model",
+        "hsifusion",
+        "--model_size",
+        "tiny",
+        "--model-options",
+        json.dumps({"width": 5}),
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+        "--rgb_norm",
+        "unit",
+    )
     assert np.load(tmp_path / "a.npy").shape == (31, *pixels.shape[:2])
 
 
@@ -274,12 +398,28 @@ def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monke
     torch.manual_seed(0)
     model = getattr(importlib.import_module(module), factory)("tiny").eval()
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if name.startswith(("head", "coefficients", "direct")) else None
-    common.save_checkpoint(tmp_path / "m.ckpt", {
-        "model": kind, "model_config": dataclasses.asdict(model.config), "state_dict": model.state_dict(), "ema": None,
-        "data": {"rgb_norm": "unit", "wavelengths": list(range(400, 701, 10))}})
+        torch.nn.init.normal_(parameter, std=0.02) if name.startswith(
+            ("head", "coefficients", "direct")
+        ) else None
+    common.save_checkpoint(
+        tmp_path / "m.ckpt",
+        {
+            "model": kind,
+            "model_config": dataclasses.asdict(model.config),
+            "state_dict": model.state_dict(),
+            "ema": None,
+            "data": {"rgb_norm": "unit", "wavelengths": list(range(400, 701, 10))},
+        },
+    )
     pixels = photo(tmp_path / "a.png")
-    run("--checkpoint", tmp_path / "m.ckpt", "--input", tmp_path / "a.png", "--output", tmp_path / "a.npy")
+    run(
+        "--checkpoint",
+        tmp_path / "m.ckpt",
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+    )
     with torch.no_grad():
         want = model(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), want, atol=1e-5)
@@ -288,8 +428,10 @@ def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monke
 def test_averaged_weights_are_used_unless_declined(tmp_path):
     path = write_checkpoint(tmp_path / "m.ckpt", ema_shift=0.5)
     args = inference.Settings(checkpoint=["x"], export="x")
-    loads = [inference.load_model(str(path), dataclasses.replace(args, ema=ema), torch.device("cpu"))
-             for ema in (True, False)]
+    loads = [
+        inference.load_model(str(path), dataclasses.replace(args, ema=ema), torch.device("cpu"))
+        for ema in (True, False)
+    ]
     first, second = (model.module.first.weight for model in loads)
     torch.testing.assert_close(first, second + 0.5)
     assert [model.weights for model in loads] == ["ema", "raw"] and loads[0].name == "m"
@@ -324,15 +466,32 @@ def test_memory_budget_decides_between_whole_frame_and_tiles():
     small = dataclasses.replace(args, memory_gb=0.1)
     tile = inference.plan_tile(model, (4000, 5000), small)
     assert 64 <= tile < 500 and tile**2 * (1.3 * model.pixel_bytes + 8 * 31) <= 0.1 * 2**30
-    assert inference.plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4)) <= tile // 2 + 16
+    assert (
+        inference.plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4))
+        <= tile // 2 + 16
+    )
 
 
 def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
-    run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "out", "--preview",
-        "--points", "3,4")
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "out",
+        "--preview",
+        "--points",
+        "3,4",
+    )
     assert Image.open(tmp_path / "out/a_preview.png").size == (90, 72)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.npy", "a_preview.png", "a_bands.png", "a_spectra.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a.npy",
+        "a_preview.png",
+        "a_bands.png",
+        "a_spectra.png",
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -341,12 +500,28 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
     pytest.importorskip("onnxscript")
     run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--patch_size", 64)
     pixels = photo(tmp_path / "a.png", (64, 64))
-    run("--checkpoint", tmp_path / "art/model.safetensors", "--input", tmp_path / "a.png",
-        "--output", tmp_path / "a.npy")
+    run(
+        "--checkpoint",
+        tmp_path / "art/model.safetensors",
+        "--input",
+        tmp_path / "a.png",
+        "--output",
+        tmp_path / "a.npy",
+    )
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected(pixels), atol=1e-5)
-    x = ((pixels - np.float32(pixels.min())) / (int(pixels.max()) - int(pixels.min()))).transpose(2, 0, 1)[None]
-    session = onnxruntime.InferenceSession(tmp_path / "art/model.onnx", providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(session.run(None, {"rgb": x.astype(np.float32)})[0][0], expected(pixels), atol=1e-4)
+    x = ((pixels - np.float32(pixels.min())) / (int(pixels.max()) - int(pixels.min()))).transpose(
+        2, 0, 1
+    )[None]
+    session = onnxruntime.InferenceSession(
+        tmp_path / "art/model.onnx", providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_allclose(
+        session.run(None, {"rgb": x.astype(np.float32)})[0][0], expected(pixels), atol=1e-4
+    )
     facts = json.loads((tmp_path / "art/config.json").read_text())
-    assert facts["rgb_norm"] == "per_image" and len(facts["wavelengths"]) == 31 and facts["onnx_difference"] < 1e-4
+    assert (
+        facts["rgb_norm"] == "per_image"
+        and len(facts["wavelengths"]) == 31
+        and facts["onnx_difference"] < 1e-4
+    )
     assert "405" in (tmp_path / "art/README.md").read_text()

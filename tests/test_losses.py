@@ -44,7 +44,9 @@ def test_gradient_is_finite_where_the_target_is_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_is_float32_under_autocast_and_for_half_predictions(dtype):
     pred, target = pair()
-    target[:, :, 1] = 1e-5  # below the least normal float16; with floor 1e-6 its reciprocal overflows float16
+    target[:, :, 1] = (
+        1e-5  # below the least normal float16; with floor 1e-6 its reciprocal overflows float16
+    )
     pred, target = pred.to(dtype), target.to(dtype)
     exact = MSTPlusPlusLoss(1e-6)(pred.float(), target.float())
     with torch.autocast("cpu", dtype=dtype):
@@ -54,7 +56,9 @@ def test_is_float32_under_autocast_and_for_half_predictions(dtype):
 
 def test_floor_schedule_is_a_function_of_the_step():
     loss = MSTPlusPlusLoss(floor=0.01, floor_start=0.16, floor_steps=4)
-    assert [loss.floor_at(step) for step in range(6)] == pytest.approx([0.16, 0.08, 0.04, 0.02, 0.01, 0.01])
+    assert [loss.floor_at(step) for step in range(6)] == pytest.approx(
+        [0.16, 0.08, 0.04, 0.02, 0.01, 0.01]
+    )
     pred, target = torch.full((1, 1, 2, 2), 0.1), torch.zeros(1, 1, 2, 2)
     assert loss(pred, target).item() == pytest.approx(0.1 / 0.16)
     loss.step = 100

@@ -27,7 +27,12 @@ def write_hdf5(path, array, key="cube"):
 
 def test_v73_in_matlab_order(tmp_path, cube):
     path = write_hdf5(tmp_path / "s.mat", cube.transpose(2, 1, 0))
-    for hints in ({}, {"bands": 31}, {"rgb_shape": RGB_SHAPE}, {"bands": 31, "rgb_shape": RGB_SHAPE}):
+    for hints in (
+        {},
+        {"bands": 31},
+        {"rgb_shape": RGB_SHAPE},
+        {"bands": 31, "rgb_shape": RGB_SHAPE},
+    ):
         assert np.array_equal(read_cube(path, **hints), cube)
     assert read_wavelengths(path) == FIELD_BANDS
 
@@ -60,7 +65,9 @@ def test_square_scene_with_bands_last_in_hdf5_asks_for_axes(tmp_path, cube):
     path = write_hdf5(tmp_path / "s.mat", square)
     with pytest.raises(UserError, match="s.mat.*--axes"):
         read_cube(path, rgb_shape=(20, 20))
-    assert np.array_equal(read_cube(path, rgb_shape=(20, 20), axes="whc"), square.transpose(1, 0, 2))
+    assert np.array_equal(
+        read_cube(path, rgb_shape=(20, 20), axes="whc"), square.transpose(1, 0, 2)
+    )
     with pytest.raises(UserError, match="--axes hxc"):
         read_cube(path, axes="hxc")
 
@@ -111,7 +118,9 @@ def test_cave_folder_of_16_bit_pngs(tmp_path, cube, nested):
     for band in range(31):
         Image.fromarray(stored[..., band]).save(folder / f"toy_ms_{band + 1:02d}.png")
     Image.new("RGB", (24, 20)).save(folder / "toy_RGB.bmp")
-    assert np.array_equal(read_cube(tmp_path / "toy_ms"), stored.astype(np.float32) / np.float32(65535))
+    assert np.array_equal(
+        read_cube(tmp_path / "toy_ms"), stored.astype(np.float32) / np.float32(65535)
+    )
     assert read_wavelengths(tmp_path / "toy_ms") == FIELD_BANDS
     (folder / "toy_ms_07.png").unlink()
     with pytest.raises(UserError, match="toy_ms.*number 7"):
@@ -148,8 +157,12 @@ def test_truncated_hdf5_is_named(tmp_path, cube):
 
 def test_values_that_spoil_training_are_named(cube):
     check_cube(cube, "ok.mat")
-    for value, words in ((np.nan, "1 values.*NaN"), (np.inf, "NaN or infinite"), (4095, "to 4095.*--scale"),
-                         (-1, "from -1")):
+    for value, words in (
+        (np.nan, "1 values.*NaN"),
+        (np.inf, "NaN or infinite"),
+        (4095, "to 4095.*--scale"),
+        (-1, "from -1"),
+    ):
         bad = cube.copy()
         bad[1, 2, 3] = value
         with pytest.raises(UserError, match=f"bad.mat.*{words}"):

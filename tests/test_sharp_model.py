@@ -10,7 +10,13 @@ import torch.nn.functional as F
 
 import sharp_v322_hardened as sharp
 from common_utils_v32 import save_checkpoint
-from sharp_v322_hardened import ChannelRMSNorm, RBFProjection, SHARPv32Config, SHARPv32Trainer, create_sharp_v32
+from sharp_v322_hardened import (
+    ChannelRMSNorm,
+    RBFProjection,
+    SHARPv32Config,
+    SHARPv32Trainer,
+    create_sharp_v32,
+)
 from sparse_attention import SPARSE_MODES, sparse_attention_topk_streaming
 from spectral_layers import STRIP_FLOATS, depth_to_space, smooth_basis, space_to_depth
 
@@ -37,6 +43,7 @@ def batch(count=2, seed=0, side=64):
 
 # ---- contract
 
+
 @pytest.mark.parametrize("size", MILLIONS)
 def test_sizes_stay_in_their_class(size):
     with torch.device("meta"):
@@ -51,22 +58,34 @@ def test_unknown_size_field_or_value_names_the_choices():
             create_sharp_v32(*args[:3], **({"sparse_mode": args[3]} if len(args) > 3 else {}))
     with pytest.raises(ValueError, match="base_dim"):
         create_sharp_v32("tiny", basedim=3)
-    for bad in ({"depths": (1, 0)}, {"heads": (1,)}, {"sparse_window_size": 48}, {"drop_path_rate": 1.0},
-                {"sparse_sparsity_ratio": 1.0}, {"key_rbf_mode": "cubic"}, {"rbf_centers_per_head": 0}):
+    for bad in (
+        {"depths": (1, 0)},
+        {"heads": (1,)},
+        {"sparse_window_size": 48},
+        {"drop_path_rate": 1.0},
+        {"sparse_sparsity_ratio": 1.0},
+        {"key_rbf_mode": "cubic"},
+        {"rbf_centers_per_head": 0},
+    ):
         with pytest.raises(ValueError):
             little(**bad)
 
 
 def test_preset_fills_only_what_was_not_given():
     config = create_sharp_v32("tiny", base_dim=24, sparse_k_cap=7).config
-    assert config.base_dim == 24 and config.sparse_k_cap == 7 and config.depths == sharp.SIZES["tiny"]["depths"]
+    assert (
+        config.base_dim == 24
+        and config.sparse_k_cap == 7
+        and config.depths == sharp.SIZES["tiny"]["depths"]
+    )
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (66, 64), (65, 71), (87, 131)])
 def test_any_size_comes_back_at_that_size(height, width):
     with torch.no_grad():
         assert little(depths=(1, 1, 1), heads=(1, 1, 1), mlp_ratios=(1, 1, 1))(
-            images(1, 3, height, width)).shape == (1, 31, height, width)
+            images(1, 3, height, width)
+        ).shape == (1, 31, height, width)
 
 
 @pytest.mark.parametrize("height, width", [(482, 512), (487, 331)])
@@ -96,7 +115,9 @@ def test_other_channel_counts_learn_and_stay_finite(channels, bands):
     model = little(in_channels=channels, out_channels=bands)
     cube = model(images(1, channels, 64, 64))
     (cube.mean() + model.auxiliary_loss()).backward()
-    assert cube.shape == (1, bands, 64, 64) and all(p.grad.isfinite().all() for p in model.parameters())
+    assert cube.shape == (1, bands, 64, 64) and all(
+        p.grad.isfinite().all() for p in model.parameters()
+    )
 
 
 def test_memory_layout_of_the_input_does_not_matter():
@@ -149,7 +170,11 @@ def test_half_precision_is_finite_and_close(dtype):
         with torch.autocast("cpu", dtype):
             half = model(x)
         assert half.dtype == torch.float32 and (half - full).abs().max() < 0.02 * full.abs().max()
-        assert model(x * 0).isfinite().all() and model(x * 100).isfinite().all() and model(-x).isfinite().all()
+        assert (
+            model(x * 0).isfinite().all()
+            and model(x * 100).isfinite().all()
+            and model(-x).isfinite().all()
+        )
 
 
 def test_checkpointing_changes_nothing_but_memory():
@@ -157,10 +182,12 @@ def test_checkpointing_changes_nothing_but_memory():
     grads, calls = [], {False: 0, True: 0}
     for use in (False, True):
         model = little(use_checkpoint=use)
-        model.encoder[0][0].expand.register_forward_hook(lambda *_, use=use: calls.update({use: calls[use] + 1}))
+        model.encoder[0][0].expand.register_forward_hook(
+            lambda *_, use=use: calls.update({use: calls[use] + 1})
+        )
         loss_of(model(x), cube).backward()
         grads.append([p.grad for p in model.parameters()])
-    assert calls == {False: 1, True: 2}                # computed again in the backward
+    assert calls == {False: 1, True: 2}  # computed again in the backward
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 
@@ -191,27 +218,48 @@ def test_compiling_keeps_names_and_breaks_no_graph():
 
 def test_sparse_settings_reach_the_attention(monkeypatch):
     seen = []
-    monkeypatch.setattr(sharp, "sparse_attention_topk_streaming",
-                        lambda q, k, v, **kwargs: seen.append(kwargs) or torch.zeros(*q.shape[:2], v.shape[-1]))
-    fields = {"sparse_block_size": 11, "sparse_max_tokens": 12, "sparse_window_size": 25, "sparse_k_cap": 13,
-              "sparse_q_block_size": 14, "sparse_sparsity_ratio": 0.7, "sparse_mode": "block"}
+    monkeypatch.setattr(
+        sharp,
+        "sparse_attention_topk_streaming",
+        lambda q, k, v, **kwargs: seen.append(kwargs) or torch.zeros(*q.shape[:2], v.shape[-1]),
+    )
+    fields = {
+        "sparse_block_size": 11,
+        "sparse_max_tokens": 12,
+        "sparse_window_size": 25,
+        "sparse_k_cap": 13,
+        "sparse_q_block_size": 14,
+        "sparse_sparsity_ratio": 0.7,
+        "sparse_mode": "block",
+    }
     little(**fields, sparsemax_pad_value=0.5)(images(1, 3, 64, 64))
     coarse = next(kwargs for kwargs in seen if kwargs["sparse_mode"] == "block")
-    assert {k: coarse[k.removeprefix("sparse_") if k != "sparse_mode" else k] for k in fields} == fields
+    assert {
+        k: coarse[k.removeprefix("sparse_") if k != "sparse_mode" else k] for k in fields
+    } == fields
     assert coarse["sparsemax_pad_value"] == 0.5
 
 
 def test_padding_of_the_frame_stays_out_of_attention(monkeypatch):
     shapes = []
     attend = sparse_attention_topk_streaming
-    monkeypatch.setattr(sharp, "sparse_attention_topk_streaming",
-                        lambda q, k, v, **kw: shapes.append((k.shape[1], kw["spatial_shape"])) or attend(q, k, v, **kw))
+    monkeypatch.setattr(
+        sharp,
+        "sparse_attention_topk_streaming",
+        lambda q, k, v, **kw: (
+            shapes.append((k.shape[1], kw["spatial_shape"])) or attend(q, k, v, **kw)
+        ),
+    )
     little()(images(1, 3, 67, 65))
-    assert {shape for _, shape in shapes} == {(34, 33), (17, 17)}        # each token holds a real pixel, none is padding
+    assert {shape for _, shape in shapes} == {
+        (34, 33),
+        (17, 17),
+    }  # each token holds a real pixel, none is padding
     assert all(n == math.prod(shape) for n, shape in shapes)
 
 
 # ---- linear start, head
+
 
 def test_fitted_path_is_the_start_and_relative_error_is_low():
     torch.manual_seed(0)
@@ -233,7 +281,7 @@ def test_output_is_never_negative_and_negative_pixels_still_learn():
     cube = model(x)
     assert (cube == 0).all()
     loss_of(cube, 0.5).backward()
-    assert (model.direct.bias.grad < 0).all()          # descent raises the bias
+    assert (model.direct.bias.grad < 0).all()  # descent raises the bias
     assert little(non_negative=False)(-x).min() < 0
 
 
@@ -242,8 +290,15 @@ def test_residual_scales_with_the_intensity_of_a_pixel():
     with torch.no_grad():
         torch.nn.init.normal_(model.coefficients.weight, std=0.1)
         model.direct.bias.zero_()
-        bright, dark = ((model(s * x) - F.conv2d(s * x, model.direct.weight[..., None, None], model.direct.bias)).abs().mean()
-                        for s in (1.0, 0.05))
+        bright, dark = (
+            (
+                model(s * x)
+                - F.conv2d(s * x, model.direct.weight[..., None, None], model.direct.bias)
+            )
+            .abs()
+            .mean()
+            for s in (1.0, 0.05)
+        )
     assert 0.02 < dark / bright < 0.15
 
 
@@ -252,7 +307,7 @@ def test_basis_starts_smooth_and_orthonormal_and_its_loss_pulls_back():
     basis = model.basis.detach()
     assert torch.allclose(basis.mT @ basis, torch.eye(basis.shape[1]), atol=1e-5)
     assert model.auxiliary_loss().item() < 1e-9
-    assert basis[:, 1].diff().sign().unique().numel() == 1              # half a cosine: no wiggles
+    assert basis[:, 1].diff().sign().unique().numel() == 1  # half a cosine: no wiggles
     with torch.no_grad():
         model.basis += 0.1 * torch.randn_like(model.basis)
     before = model.auxiliary_loss().item()
@@ -266,6 +321,7 @@ def test_basis_starts_smooth_and_orthonormal_and_its_loss_pulls_back():
 
 # ---- layers
 
+
 def test_rms_norm_normalises_channels_and_follows_every_weight_update():
     norm, x = ChannelRMSNorm(8).eval(), torch.randn(2, 8, 5, 6)
     expected = x / x.square().mean(1, keepdim=True).add(1e-6).sqrt()
@@ -276,7 +332,9 @@ def test_rms_norm_normalises_channels_and_follows_every_weight_update():
     norm.load_state_dict({"weight": torch.full((8,), 2.0)})
     torch.testing.assert_close(norm(x), 2 * expected)
     torch.testing.assert_close(norm.to(torch.float64)(x.double()).float(), 2 * expected)
-    torch.testing.assert_close(ChannelRMSNorm(8, channel_dim=-1)(x.movedim(1, -1)).movedim(-1, 1), expected)
+    torch.testing.assert_close(
+        ChannelRMSNorm(8, channel_dim=-1)(x.movedim(1, -1)).movedim(-1, 1), expected
+    )
 
 
 @pytest.mark.parametrize("width", [8, 16, 32])
@@ -309,6 +367,7 @@ def test_fusion_keeps_its_query_path():
 
 def test_fusion_cost_grows_linearly():
     from torch.utils.flop_counter import FlopCounterMode
+
     fusion, counts = sharp.GatedCrossFusion(SHARPv32Config(**LITTLE), 16, 1), []
     for side in (16, 64):
         with FlopCounterMode(display=False) as counter:
@@ -324,6 +383,7 @@ def test_growing_undoes_shrinking():
 
 
 # ---- step engine
+
 
 def test_accumulation_equals_the_big_batch_with_a_smaller_last_part():
     x, cube = batch(5)
@@ -342,8 +402,13 @@ def test_no_weight_decay_on_norms_biases_scales_centres_and_basis():
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for p in trainer.optimizer.param_groups[0]["params"]}
     rest = {names[id(p)] for p in trainer.optimizer.param_groups[1]["params"]}
-    assert decayed | rest == set(names.values()) and trainer.optimizer.param_groups[1]["weight_decay"] == 0
-    assert all(name.endswith("weight") and "norm" not in name and "guide.0" not in name for name in decayed)
+    assert (
+        decayed | rest == set(names.values())
+        and trainer.optimizer.param_groups[1]["weight_decay"] == 0
+    )
+    assert all(
+        name.endswith("weight") and "norm" not in name and "guide.0" not in name for name in decayed
+    )
     assert {"basis", "encoder.0.0.scale1", "stem.bias"} <= rest
 
 
@@ -365,12 +430,14 @@ def test_a_bad_step_is_skipped_the_next_works_and_a_run_of_them_stops():
 def test_gradients_are_clipped():
     x, cube = batch(1)
     model = little()
-    report = SHARPv32Trainer(model, lambda p, t: 1e4 * loss_of(p, t), grad_clip=0.5).train_step([(x, cube)])
+    report = SHARPv32Trainer(model, lambda p, t: 1e4 * loss_of(p, t), grad_clip=0.5).train_step(
+        [(x, cube)]
+    )
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert report["grad_norm"] > 0.5 and abs(float(norm) - 0.5) < 1e-3
 
 
-@pytest.mark.parametrize("limit", [0.9, 0.3])            # 0.9: the warm-up rules, 0.3: the limit does
+@pytest.mark.parametrize("limit", [0.9, 0.3])  # 0.9: the warm-up rules, 0.3: the limit does
 def test_average_warms_up_and_decays_to_the_power_of_the_interval(limit):
     x, cube = batch(1)
     model = little(ema_update_every=2)
@@ -414,7 +481,10 @@ def test_saving_and_loading_in_between_changes_no_bit(tmp_path):
     for part in ("state_dict", "ema"):
         a, b = whole.state_dict()[part], second.state_dict()[part]
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert whole.steps == second.steps and whole.state_dict()["ema_updates"] == second.state_dict()["ema_updates"]
+    assert (
+        whole.steps == second.steps
+        and whole.state_dict()["ema_updates"] == second.state_dict()["ema_updates"]
+    )
 
 
 def test_a_few_steps_lower_the_loss():
@@ -435,9 +505,16 @@ def test_from_pretrained_rebuilds_model_and_weights(tmp_path):
         x = images(1, 3, 64, 64, seed=seed)
         trainer.train_step([(x, images(1, 7, 64, 64, seed=seed + 9))])
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(model.config).items()}
-    save_checkpoint(tmp_path / "last.ckpt", {"model": "sharp", "model_config": config, "data": {}} | trainer.state_dict())
+    save_checkpoint(
+        tmp_path / "last.ckpt",
+        {"model": "sharp", "model_config": config, "data": {}} | trainer.state_dict(),
+    )
     x = images(1, 3, 64, 64)
     with torch.no_grad():
-        live, averaged = (sharp.from_pretrained(tmp_path / "last.ckpt", ema=ema).eval() for ema in (False, True))
+        live, averaged = (
+            sharp.from_pretrained(tmp_path / "last.ckpt", ema=ema).eval() for ema in (False, True)
+        )
         assert torch.equal(live(x), model.eval()(x)) and live.config == model.config
-        assert torch.equal(averaged(x), trainer.average.module.eval()(x)) and not torch.equal(averaged(x), live(x))
+        assert torch.equal(averaged(x), trainer.average.module.eval()(x)) and not torch.equal(
+            averaged(x), live(x)
+        )

@@ -20,11 +20,52 @@ SCRIPTS = (*TEMPLATES, "tests/slurm/setup.sh", ".ci/run")
 SETUP = ROOT / "tests" / "slurm" / "setup.sh"
 STEPS = 40
 TINY = {
-    "train_job_HSI.sh": ["--base_channels", "16", "--depths", "1", "1", "1", "--num_heads", "2", "2", "2"],
-    "train_job_SHARP.sh": ["--base_dim", "16", "--depths", "1", "1", "--heads", "1", "1", "--mlp_ratios", "1", "1"],
+    "train_job_HSI.sh": [
+        "--base_channels",
+        "16",
+        "--depths",
+        "1",
+        "1",
+        "1",
+        "--num_heads",
+        "2",
+        "2",
+        "2",
+    ],
+    "train_job_SHARP.sh": [
+        "--base_dim",
+        "16",
+        "--depths",
+        "1",
+        "1",
+        "--heads",
+        "1",
+        "1",
+        "--mlp_ratios",
+        "1",
+        "1",
+    ],
 }
-RUN = ["--model_size", "tiny", "--patch_size", "64", "--batch_size", "1", "--device", "cpu", "--epochs", "2",
-       "--iterations_per_epoch", str(STEPS // 2), "--val_interval", "2", "--num_workers", "0", "--log_interval", "5"]
+RUN = [
+    "--model_size",
+    "tiny",
+    "--patch_size",
+    "64",
+    "--batch_size",
+    "1",
+    "--device",
+    "cpu",
+    "--epochs",
+    "2",
+    "--iterations_per_epoch",
+    str(STEPS // 2),
+    "--val_interval",
+    "2",
+    "--num_workers",
+    "0",
+    "--log_interval",
+    "5",
+]
 # In the place of python: notes what it was started with, and stops at a signal as the launcher does.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$NOTES/arguments"; env >"$NOTES/environment"
@@ -49,11 +90,15 @@ def test_scripts_pass_shellcheck(script):
 def test_templates_are_twins_without_personal_data_or_serialised_kernels():
     texts = [(ROOT / name).read_text() for name in TEMPLATES]
     for text in texts:
-        assert not re.search(r"CUDA_LAUNCH_BLOCKING|@\w+\.\w+|/(home|scratch|users)/|--(account|mail)", text)
+        assert not re.search(
+            r"CUDA_LAUNCH_BLOCKING|@\w+\.\w+|/(home|scratch|users)/|--(account|mail)", text
+        )
     pairs = list(zip(*(text.splitlines() for text in texts), strict=True))
     different = [pair for pair in pairs if pair[0] != pair[1]]
-    assert len(different) == 4 and ("hsifusion_training.py" in different[-1][0]
-                                    and "sharp_training_script_fixed.py" in different[-1][1])
+    assert len(different) == 4 and (
+        "hsifusion_training.py" in different[-1][0]
+        and "sharp_training_script_fixed.py" in different[-1][1]
+    )
 
 
 # --- under Slurm ----------------------------------------------------------------------------------------------------
@@ -66,8 +111,14 @@ class Slurm:
         self.folder, self.environment = folder, environment
 
     def call(self, *args, **environment):
-        done = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=30, cwd=ROOT,
-                              env=self.environment | environment)
+        done = subprocess.run(
+            [str(a) for a in args],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            cwd=ROOT,
+            env=self.environment | environment,
+        )
         assert done.returncode == 0, (args, done.stderr)
         return done.stdout
 
@@ -75,21 +126,46 @@ class Slurm:
         notes = self.folder / name
         notes.mkdir()
         log = self.folder / f"{name}.log"
-        number = self.call("sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", *options,
-                           script, *arguments, NOTES=str(notes), **environment).strip()
+        number = self.call(
+            "sbatch",
+            "--parsable",
+            "--gpus-per-node=0",
+            "--cpus-per-task=1",
+            f"--output={log}",
+            *options,
+            script,
+            *arguments,
+            NOTES=str(notes),
+            **environment,
+        ).strip()
         return SimpleNamespace(number=number, log=log, notes=notes, run=self.folder / "runs" / name)
 
     def show(self, job):
-        return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", job.number)))
+        return dict(
+            re.findall(
+                r"(\w+)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", job.number)
+            )
+        )
 
     def wait(self, job):
         """Until the job has ended for good -> what scontrol says of it."""
-        await_(lambda: self.show(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), job, "has not ended")
+        await_(
+            lambda: self.show(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"),
+            job,
+            "has not ended",
+        )
         return self.show(job)
 
     def make_room(self, node):
         """A short job of the higher partition, which needs more of the node's 8 CPUs than a job with 4 leaves."""
-        self.call("sbatch", "--partition=high", f"--nodelist={node}", "--cpus-per-task=6", "--output=/dev/null", "--wrap=true")
+        self.call(
+            "sbatch",
+            "--partition=high",
+            f"--nodelist={node}",
+            "--cpus-per-task=6",
+            "--output=/dev/null",
+            "--wrap=true",
+        )
 
 
 def text(job):
@@ -118,7 +194,10 @@ def slurm(tmp_path_factory):
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "HSI_"))}
-    yield Slurm(folder, clean | {"SLURM_CONF": str(folder / "slurm" / "slurm.conf"), "PYTHON": str(stand_in)})
+    yield Slurm(
+        folder,
+        clean | {"SLURM_CONF": str(folder / "slurm" / "slurm.conf"), "PYTHON": str(stand_in)},
+    )
     subprocess.run([SETUP, "stop", folder / "slurm"], check=True, timeout=60)
 
 
@@ -128,9 +207,18 @@ def train(slurm):
     data, runs = write_raw_arad(slurm.folder / "data", size=(64, 64)), str(slurm.folder / "runs")
 
     def submit(name, script, options, *more, ranks=1):
-        return slurm.submit(name, script, options, [*RUN, *TINY[script], "--experiment_name", name, *more],
-                            PYTHON=sys.executable, RANKS_PER_NODE=str(ranks), OMP_NUM_THREADS="1",
-                            HSI_DATA_DIR=str(data), HSI_LOG_DIR=runs, HSI_CKPT_DIR=runs)
+        return slurm.submit(
+            name,
+            script,
+            options,
+            [*RUN, *TINY[script], "--experiment_name", name, *more],
+            PYTHON=sys.executable,
+            RANKS_PER_NODE=str(ranks),
+            OMP_NUM_THREADS="1",
+            HSI_DATA_DIR=str(data),
+            HSI_LOG_DIR=runs,
+            HSI_CKPT_DIR=runs,
+        )
 
     return submit
 
@@ -139,12 +227,26 @@ def train(slurm):
 def stand_ins(slurm):
     """Jobs that do not train; submitted early, because Slurm looks at time limits every 30 s."""
     unsigned = slurm.folder / "job.sh"
-    unsigned.write_text((ROOT / TEMPLATES[0]).read_text().replace("#SBATCH --signal=B:USR1@120\n", ""))
+    unsigned.write_text(
+        (ROOT / TEMPLATES[0]).read_text().replace("#SBATCH --signal=B:USR1@120\n", "")
+    )
     jobs = SimpleNamespace(
-        limited=slurm.submit("limited", TEMPLATES[0], ["--partition=low", "--nodelist=127.0.0.2", "--time=2"]),
-        unsigned=slurm.submit("unsigned", unsigned, ["--partition=low", "--nodelist=127.0.0.1", "--cpus-per-task=4"]),
+        limited=slurm.submit(
+            "limited", TEMPLATES[0], ["--partition=low", "--nodelist=127.0.0.2", "--time=2"]
+        ),
+        unsigned=slurm.submit(
+            "unsigned", unsigned, ["--partition=low", "--nodelist=127.0.0.1", "--cpus-per-task=4"]
+        ),
         failing=slurm.submit("failing", TEMPLATES[1], STAND_IN_CODE="2"),
-        noted=slurm.submit("noted", TEMPLATES[1], ["--nodes=2"], ["--epochs", "3"], STAND_IN_CODE="0", RANKS_PER_NODE="4"))
+        noted=slurm.submit(
+            "noted",
+            TEMPLATES[1],
+            ["--nodes=2"],
+            ["--epochs", "3"],
+            STAND_IN_CODE="0",
+            RANKS_PER_NODE="4",
+        ),
+    )
     await_((jobs.unsigned.notes / "started").exists, jobs.unsigned, "did not start")
     slurm.make_room("127.0.0.1")
     return jobs
@@ -152,7 +254,12 @@ def stand_ins(slurm):
 
 def test_a_preempted_job_saves_queues_again_and_ends_as_an_undisturbed_one(slurm, stand_ins, train):
     """Two ranks on one node, stopped and requeued, against one rank on each of two nodes."""
-    preempted = train("preempted", TEMPLATES[0], ["--partition=low", "--nodelist=127.0.0.2", "--cpus-per-task=4"], ranks=2)
+    preempted = train(
+        "preempted",
+        TEMPLATES[0],
+        ["--partition=low", "--nodelist=127.0.0.2", "--cpus-per-task=4"],
+        ranks=2,
+    )
     await_((preempted.run / "config.json").exists, preempted, "did not start to train")
     slurm.make_room("127.0.0.2")
     whole = train("whole", TEMPLATES[0], ["--partition=high", "--nodes=2"])
@@ -168,14 +275,18 @@ def test_a_preempted_job_saves_queues_again_and_ends_as_an_undisturbed_one(slurm
     for key in ("state_dict", "ema"):
         assert one[key].keys() == other[key].keys()
         assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
-    steps = [[json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
-             for job in (whole, preempted)]
+    steps = [
+        [json.loads(line)["step"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+        for job in (whole, preempted)
+    ]
     assert steps[0] == steps[1]
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(slurm, train):
     """With a loader process, which the launcher signals too."""
-    job = train("cancelled", TEMPLATES[1], [], "--num_workers", "1", "--iterations_per_epoch", "9999")
+    job = train(
+        "cancelled", TEMPLATES[1], [], "--num_workers", "1", "--iterations_per_epoch", "9999"
+    )
     lines = job.run / "metrics.jsonl"
     await_(lambda: lines.exists() and lines.stat().st_size, job, "did not train")
     assert not (job.run / "last.ckpt").exists()
@@ -207,9 +318,19 @@ def test_a_failed_run_keeps_its_exit_code_and_is_not_queued_again(slurm, stand_i
 def test_trainers_get_the_environment_and_the_arguments(slurm, stand_ins):
     assert slurm.wait(stand_ins.noted)["JobState"] == "COMPLETED"
     environment = (stand_ins.noted.notes / "environment").read_text().splitlines()
-    for expected in ("HSI_DATA_DIR=./data/ARAD_1K", "HSI_LOG_DIR=./artifacts/logs", "HSI_CKPT_DIR=./artifacts/checkpoints",
-                     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True,max_split_size_mb:256"):
+    for expected in (
+        "HSI_DATA_DIR=./data/ARAD_1K",
+        "HSI_LOG_DIR=./artifacts/logs",
+        "HSI_CKPT_DIR=./artifacts/checkpoints",
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True,max_split_size_mb:256",
+    ):
         assert expected in environment
     arguments = (stand_ins.noted.notes / "arguments").read_text().splitlines()
     assert {"--nnodes=2", "--nproc_per_node=4", "--rdzv_backend=c10d"} < set(arguments)
-    assert arguments[-5:] == ["sharp_training_script_fixed.py", "--resume_from", "auto", "--epochs", "3"]
+    assert arguments[-5:] == [
+        "sharp_training_script_fixed.py",
+        "--resume_from",
+        "auto",
+        "--epochs",
+        "3",
+    ]

@@ -16,12 +16,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiled(run, image, patch, overlap, batch=1, bands=5):
-    return torch.from_numpy(inference.blend_tiles(
-        run, lambda y0, y1, x0, x1: image[:, y0:y1, x0:x1], image.shape[1:], patch, overlap, batch,
-        lambda channels: np.full((channels, *image.shape[1:]), np.nan, np.float32)))
+    return torch.from_numpy(
+        inference.blend_tiles(
+            run,
+            lambda y0, y1, x0, x1: image[:, y0:y1, x0:x1],
+            image.shape[1:],
+            patch,
+            overlap,
+            batch,
+            lambda channels: np.full((channels, *image.shape[1:]), np.nan, np.float32),
+        )
+    )
 
 
-@pytest.mark.parametrize("size", [(64, 64), (65, 97), (50, 200), (130, 131), (64, 65), (63, 129), (200, 64)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (65, 97), (50, 200), (130, 131), (64, 65), (63, 129), (200, 64)]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_tiled_output_equals_full_frame_of_a_convolutional_model(size, batch):
@@ -34,10 +44,14 @@ def test_tiled_output_equals_full_frame_of_a_convolutional_model(size, batch):
     assert full[:, 0].abs().min() > 0
 
 
-@pytest.mark.parametrize("size", [(64, 64), (65, 64), (40, 300), (193, 257), (64 + 48, 64 + 2 * 48)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (65, 64), (40, 300), (193, 257), (64 + 48, 64 + 2 * 48)]
+)
 @pytest.mark.parametrize("overlap", [0, 1, 16, 40])
 def test_constant_model_gives_exactly_its_constant(size, overlap):
-    out = tiled(lambda x: x.new_full((len(x), 2, *x.shape[2:]), 0.3), torch.rand(3, *size), 64, overlap)
+    out = tiled(
+        lambda x: x.new_full((len(x), 2, *x.shape[2:]), 0.3), torch.rand(3, *size), 64, overlap
+    )
     assert (out == torch.tensor(0.3)).all()
 
 
@@ -55,7 +69,14 @@ def test_one_band_is_blended_too():
 
 
 def test_tiles_cover_the_side_with_the_overlap_that_was_asked_for():
-    for side, tile, overlap in [(10, 10, 3), (11, 10, 3), (100, 10, 9), (101, 32, 8), (5, 10, 0), (20000, 512, 128)]:
+    for side, tile, overlap in [
+        (10, 10, 3),
+        (11, 10, 3),
+        (100, 10, 9),
+        (101, 32, 8),
+        (5, 10, 0),
+        (20000, 512, 128),
+    ]:
         offsets = inference.tile_offsets(side, min(tile, side), overlap)
         assert offsets[0] == 0 and offsets[-1] + min(tile, side) == side
         assert all(0 < b - a <= tile - overlap for a, b in zip(offsets, offsets[1:], strict=False))
@@ -93,7 +114,9 @@ print(json.dumps([before, peak(), line]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux counts it")
 def test_big_image_streams_to_a_mapped_file_in_bounded_memory(tmp_path):
-    code = STREAM.format(root=str(ROOT), image=str(tmp_path / "big.npy"), output=str(tmp_path / "out" / "big.npy"))
+    code = STREAM.format(
+        root=str(ROOT), image=str(tmp_path / "big.npy"), output=str(tmp_path / "out" / "big.npy")
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, peak, line = json.loads(done.stdout.splitlines()[-1])
     cube = np.load(tmp_path / "out" / "big.npy", mmap_mode="r")

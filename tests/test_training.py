@@ -22,13 +22,53 @@ from spectral_evaluation import mrae
 from spectral_layers import fit_linear_spectral_path
 
 SMALL = {
-    "hsifusion_training": ["--base_channels", "16", "--depths", "1", "1", "1", "--num_heads", "2", "2", "2"],
-    "sharp_training_script_fixed": ["--base_dim", "16", "--depths", "1", "1", "1", "--heads", "1", "1", "1"],
+    "hsifusion_training": [
+        "--base_channels",
+        "16",
+        "--depths",
+        "1",
+        "1",
+        "1",
+        "--num_heads",
+        "2",
+        "2",
+        "2",
+    ],
+    "sharp_training_script_fixed": [
+        "--base_dim",
+        "16",
+        "--depths",
+        "1",
+        "1",
+        "1",
+        "--heads",
+        "1",
+        "1",
+        "1",
+    ],
 }
 DROP = {"hsifusion_training": "--drop_path", "sharp_training_script_fixed": "--drop_path_rate"}
 TRAINERS = list(SMALL)
-BASE = ["--model_size", "tiny", "--patch_size", "64", "--batch_size", "2", "--iterations_per_epoch", "5", "--epochs", "2",
-        "--warmup_epochs", "0.5", "--num_workers", "0", "--log_interval", "1", "--device", "cpu"]
+BASE = [
+    "--model_size",
+    "tiny",
+    "--patch_size",
+    "64",
+    "--batch_size",
+    "2",
+    "--iterations_per_epoch",
+    "5",
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0.5",
+    "--num_workers",
+    "0",
+    "--log_interval",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +91,9 @@ def settings(trainer, data, out, *more):
 
 def make_run(trainer, data, out, *more):
     module, cfg = settings(trainer, data, out, *more)
-    return module.Run(cfg, Ranks(), torch.device("cpu"), RunFolder.of(cfg.output_dir, cfg.experiment_name))
+    return module.Run(
+        cfg, Ranks(), torch.device("cpu"), RunFolder.of(cfg.output_dir, cfg.experiment_name)
+    )
 
 
 def parts(run):
@@ -112,23 +154,41 @@ def test_a_run_leaves_what_the_readme_promises(trainer, raw_arad, tmp_path):
     run = make_run(trainer, raw_arad, tmp_path)
     assert run.train() == 0
     folder = tmp_path / "run"
-    for name in ("config.json", "last.ckpt", "best.ckpt", "best.safetensors", "metrics.jsonl", "summary.json"):
+    for name in (
+        "config.json",
+        "last.ckpt",
+        "best.ckpt",
+        "best.safetensors",
+        "metrics.jsonl",
+        "summary.json",
+    ):
         assert (folder / name).stat().st_size > 0
     assert list(folder.glob("events.out.tfevents.*"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == (["train"] * 5 + ["val"]) * 2
-    assert {"mrae", "rmse", "psnr", "sam", "mrae_full", "metric_floor", "border"} <= lines[-1].keys()
+    assert {"mrae", "rmse", "psnr", "sam", "mrae_full", "metric_floor", "border"} <= lines[
+        -1
+    ].keys()
     assert lines[0]["lr"] > 0
     summary = common.read_json(folder / "summary.json")
-    assert summary["steps"] == 10 and summary["data"]["rgb_norm"] == "per_image" and summary["environment"]["torch"]
-    state, weights = checkpoint(tmp_path, "best.ckpt"), common.read_checkpoint(folder / "best.safetensors")
+    assert (
+        summary["steps"] == 10
+        and summary["data"]["rgb_norm"] == "per_image"
+        and summary["environment"]["torch"]
+    )
+    state, weights = (
+        checkpoint(tmp_path, "best.ckpt"),
+        common.read_checkpoint(folder / "best.safetensors"),
+    )
     assert_same(dict(sorted(state["ema"].items())), dict(sorted(weights["state_dict"].items())))
     assert weights["data"]["wavelengths"] == list(np.linspace(400, 700, 31))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tmp_path):
-    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 15, "--lr", 2e-3, "--ema_decay", 0.5)
+    run = make_run(
+        trainer, raw_arad, tmp_path, "--iterations_per_epoch", 15, "--lr", 2e-3, "--ema_decay", 0.5
+    )
     with torch.no_grad():
         scene = next(iter(run.val_loader))
         before = mrae(parts(run)[0].eval()(scene.rgb), scene.cube)
@@ -143,10 +203,14 @@ def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tm
 def test_the_same_seed_writes_the_same_lines_and_another_seed_others(trainer, raw_arad, tmp_path):
     lines = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_run(trainer, raw_arad, tmp_path / name, "--seed", seed, "--epochs", 1, DROP[trainer], 0.2).train()
+        make_run(
+            trainer, raw_arad, tmp_path / name, "--seed", seed, "--epochs", 1, DROP[trainer], 0.2
+        ).train()
         text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
         measured = ("patches_per_second", "memory_gb")
-        lines.append([{k: v for k, v in json.loads(line).items() if k not in measured} for line in text])
+        lines.append(
+            [{k: v for k, v in json.loads(line).items() if k not in measured} for line in text]
+        )
     assert lines[0] == lines[1] != lines[2]
 
 
@@ -170,15 +234,23 @@ def test_resume_is_exact_also_in_the_middle_of_an_epoch(trainer, stopped_at, raw
     for state in (expected, found):
         state.pop("settings")
     assert_same(expected, found)
-    steps = [json.loads(line)["step"] for line in (halves / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (halves / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps)
 
 
-@pytest.mark.parametrize("trainer, number", zip(TRAINERS, (signal.SIGTERM, signal.SIGUSR1), strict=True))
+@pytest.mark.parametrize(
+    "trainer, number", zip(TRAINERS, (signal.SIGTERM, signal.SIGUSR1), strict=True)
+)
 def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, raw_arad, tmp_path):
     args = arguments(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 100000)
-    job = subprocess.Popen([sys.executable, ROOT / f"{trainer}.py", *args], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                           stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [sys.executable, ROOT / f"{trainer}.py", *args],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and log.read_text()):
         assert job.poll() is None
@@ -191,7 +263,9 @@ def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, ra
 def test_the_saved_settings_make_the_same_run_again(trainer, raw_arad, tmp_path):
     module = importlib.import_module(trainer)
     run = make_run(trainer, raw_arad, tmp_path, "--lr", 1e-3, DROP[trainer], 0.1)
-    again = common.parse_dataclass(module.Settings, ["--config", str(tmp_path / "run" / "config.json")])
+    again = common.parse_dataclass(
+        module.Settings, ["--config", str(tmp_path / "run" / "config.json")]
+    )
     for name, value in run.settings.items():
         assert getattr(again, name) == value or list(getattr(again, name)) == list(value), name
 
@@ -213,8 +287,12 @@ def test_many_skipped_steps_apart_leave_the_scale_as_it_is(trainer, raw_arad, tm
         scaler.update()
     assert scaler.get_scale() == 1.0
     half = common.make_scaler(torch.device("cpu"), torch.float16)
-    common.restore(optimizer, half, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-    assert half.get_scale() == 2**16 and half.get_growth_factor() == 2  # another precision starts with its own
+    common.restore(
+        optimizer, half, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    )
+    assert (
+        half.get_scale() == 2**16 and half.get_growth_factor() == 2
+    )  # another precision starts with its own
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -225,7 +303,9 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
     state = checkpoint(tmp_path)
     common.save_checkpoint(tmp_path / "run" / "last.ckpt", state | {"best": 0.0})
     resume = ("--resume_from", "auto")
-    again = make_run(trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3)
+    again = make_run(
+        trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
+    )
     rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
     assert rates.keys() == {0.3, 0.0} and again.best == 0.0
     expected = first.schedule.get_last_lr()[0] / 10
@@ -237,7 +317,16 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
 
 
 def test_the_uncertainty_head_is_trained(raw_arad, tmp_path):
-    run = make_run("hsifusion_training", raw_arad, tmp_path, "--estimate_uncertainty", "--iterations_per_epoch", 2, "--epochs", 1)
+    run = make_run(
+        "hsifusion_training",
+        raw_arad,
+        tmp_path,
+        "--estimate_uncertainty",
+        "--iterations_per_epoch",
+        2,
+        "--epochs",
+        1,
+    )
     before = run.model.scale_head.weight.clone()
     assert run.train() == 0
     assert not torch.allclose(run.model.scale_head.weight, before, atol=1e-6)
@@ -273,8 +362,13 @@ print(step)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_twenty_kills_at_random_moments_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
     """A save after every step, so that many a kill comes while one is written; each run goes on from the one before."""
-    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, ROOT, ROOT / "tests", trainer, raw_arad, tmp_path],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUNS, ROOT, ROOT / "tests", trainer, raw_arad, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 20
 
@@ -291,7 +385,9 @@ def test_a_stop_during_validation_saves_and_validates_after_the_resume(trainer, 
 
     run.val_loader = interrupted()
     assert run.train() == common.STOPPED and not (tmp_path / "run" / "best.ckpt").exists()
-    assert make_run(trainer, raw_arad, tmp_path, "--epochs", 1, "--resume_from", "auto").train() == 0
+    assert (
+        make_run(trainer, raw_arad, tmp_path, "--epochs", 1, "--resume_from", "auto").train() == 0
+    )
     assert checkpoint(tmp_path, "best.ckpt")["step"] == 5
 
 
@@ -303,7 +399,9 @@ def test_an_old_run_is_not_overwritten(trainer, raw_arad, tmp_path):
     with pytest.raises(UserError, match="nowhere.ckpt"):
         make_run(trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "nowhere.ckpt")
     with pytest.raises(UserError, match="best.safetensors"):
-        make_run(trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "run" / "best.safetensors")
+        make_run(
+            trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "run" / "best.safetensors"
+        )
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -337,9 +435,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_accumulated_batches_equal_one_big_batch(trainer, raw_arad, tmp_path):
     """Three batches of 2 in groups of 2 and 1, against a batch of 4 and one of 2."""
     weights = []
-    for name, more in (("a", ("--batch_size", 2, "--accumulate_steps", 2, "--iterations_per_epoch", 3)),
-                       ("b", ("--batch_size", 4, "--iterations_per_epoch", 1))):
-        run = make_run(trainer, raw_arad, tmp_path / name, "--epochs", 1, "--optimizer", "adam", *more)
+    for name, more in (
+        ("a", ("--batch_size", 2, "--accumulate_steps", 2, "--iterations_per_epoch", 3)),
+        ("b", ("--batch_size", 4, "--iterations_per_epoch", 1)),
+    ):
+        run = make_run(
+            trainer, raw_arad, tmp_path / name, "--epochs", 1, "--optimizer", "adam", *more
+        )
         for group in parts(run)[2].param_groups:
             group["lr"] = group["initial_lr"] = 1e-3
         run.schedule.step = lambda: None
@@ -379,7 +481,9 @@ def test_a_step_with_bad_gradients_is_skipped_and_a_run_of_them_stops(trainer, r
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_learning_rate_of_zero_leaves_weights_and_average_bit_identical(trainer, raw_arad, tmp_path):
+def test_a_learning_rate_of_zero_leaves_weights_and_average_bit_identical(
+    trainer, raw_arad, tmp_path
+):
     run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
     model, average, optimizer = parts(run)
     run.schedule.lr_lambdas = [lambda step: 0.0] * 2
@@ -393,7 +497,9 @@ def test_a_learning_rate_of_zero_leaves_weights_and_average_bit_identical(traine
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, tmp_path):
-    model, average, _ = parts(make_run(trainer, raw_arad, tmp_path, "--ema_decay", 0.9, "--ema_update_every", 2))
+    model, average, _ = parts(
+        make_run(trainer, raw_arad, tmp_path, "--ema_decay", 0.9, "--ema_update_every", 2)
+    )
     watched, averaged = next(model.parameters()), next(average.module.parameters())
     assert watched.data_ptr() != averaged.data_ptr()
     expected = averaged.detach().flatten()[0].item()
@@ -408,9 +514,25 @@ def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw_arad, tmp_path):
-    module, cfg = settings(trainer, raw_arad, tmp_path, "--epochs", 10, "--warmup_epochs", 2, "--lr", 1e-3, "--eta_min", 1e-5)
+    module, cfg = settings(
+        trainer,
+        raw_arad,
+        tmp_path,
+        "--epochs",
+        10,
+        "--warmup_epochs",
+        2,
+        "--lr",
+        1e-3,
+        "--eta_min",
+        1e-5,
+    )
     rates = [module.learning_rate(step, cfg, 100) for step in range(1500)]
-    assert 0 < rates[0] < 1e-4 and max(rates) == pytest.approx(1e-3, rel=1e-2) and rates.index(max(rates)) == 200
+    assert (
+        0 < rates[0] < 1e-4
+        and max(rates) == pytest.approx(1e-3, rel=1e-2)
+        and rates.index(max(rates)) == 200
+    )
     assert np.all(np.diff(rates[:200]) > 0) and np.all(np.diff(rates[200:]) <= 0)
     assert rates[1000:] == [pytest.approx(1e-5)] * 500
 
@@ -421,7 +543,9 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
     decayed, free = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters()}
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert all(
+        names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"]
+    )
     assert any("temperature" in names[id(p)] for p in free["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
@@ -431,16 +555,26 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
 
 def command(trainer, *args, **kwargs):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / f"{trainer}.py", *map(str, args)], capture_output=True, text=True, env=env,
-                          timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, ROOT / f"{trainer}.py", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_bad_input_is_one_line_and_exit_code_2(trainer, tmp_path):
     (tmp_path / "c.json").write_text('{"epochs": 3, "no_such": 1}')
-    cases = {"--data_root": ["--data_root", tmp_path / "missing"], "no_such": ["--config", tmp_path / "c.json"],
-             "tiny, small, base, large": ["--model_size", "huge"], "--epochs": ["--epochs", "0"],
-             "--no_flag": ["--no_flag", "1"]}
+    cases = {
+        "--data_root": ["--data_root", tmp_path / "missing"],
+        "no_such": ["--config", tmp_path / "c.json"],
+        "tiny, small, base, large": ["--model_size", "huge"],
+        "--epochs": ["--epochs", "0"],
+        "--no_flag": ["--no_flag", "1"],
+    }
     for named, args in cases.items():
         done = command(trainer, *args, "--output_dir", tmp_path / "runs")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -452,9 +586,20 @@ def test_bad_input_is_one_line_and_exit_code_2(trainer, tmp_path):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_config_file_gives_defaults_and_the_command_line_wins(trainer, tmp_path, monkeypatch):
     module = importlib.import_module(trainer)
-    (tmp_path / "c.json").write_text('{"epochs": 7, "lr": 0.001, "depths": [1, 2, 1], "use_amp": false}')
-    cfg = common.parse_dataclass(module.Settings, ["--config", str(tmp_path / "c.json"), "--epochs", "9", "--ema-decay", "0.5"])
-    assert (cfg.epochs, cfg.lr, cfg.ema_decay, cfg.use_amp, list(cfg.depths)) == (9, 0.001, 0.5, False, [1, 2, 1])
+    (tmp_path / "c.json").write_text(
+        '{"epochs": 7, "lr": 0.001, "depths": [1, 2, 1], "use_amp": false}'
+    )
+    cfg = common.parse_dataclass(
+        module.Settings,
+        ["--config", str(tmp_path / "c.json"), "--epochs", "9", "--ema-decay", "0.5"],
+    )
+    assert (cfg.epochs, cfg.lr, cfg.ema_decay, cfg.use_amp, list(cfg.depths)) == (
+        9,
+        0.001,
+        0.5,
+        False,
+        [1, 2, 1],
+    )
     assert cfg.data_root == "./data/ARAD_1K" and cfg.use_checkpoint is None
     monkeypatch.setenv("HSI_DATA_DIR", "/elsewhere")
     assert common.parse_dataclass(module.Settings, []).data_root == "/elsewhere"
@@ -475,13 +620,34 @@ def test_folders_follow_the_environment(monkeypatch):
 def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, tmp_path):
     """With accumulation and averaged weights; the second job of two ranks is killed after its first save, and goes on."""
     raw_arad = write_raw_arad(tmp_path / "raw", valid=("v", "w", "x"))
-    more = ("--iterations_per_epoch", 41, "--epochs", 1, "--accumulate_steps", 2, "--ema_update_every", 2)
+    more = (
+        "--iterations_per_epoch",
+        41,
+        "--epochs",
+        1,
+        "--accumulate_steps",
+        2,
+        "--ema_update_every",
+        2,
+    )
 
     def start(out, *more):
         args = arguments(trainer, raw_arad, out, *more)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                                 ROOT / f"{trainer}.py", *args], stderr=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node=2",
+                "--standalone",
+                ROOT / f"{trainer}.py",
+                *args,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
 
     def finish(job):
         _, errors = job.communicate(timeout=200)
@@ -491,7 +657,10 @@ def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, tmp
     assert make_run(trainer, raw_arad, tmp_path / "one", *more).train() == 0
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
 
-    job, saved = start(tmp_path / "cut", *more, "--batch_size", 1, "--save_minutes", 1e-6), tmp_path / "cut/run/last.ckpt"
+    job, saved = (
+        start(tmp_path / "cut", *more, "--batch_size", 1, "--save_minutes", 1e-6),
+        tmp_path / "cut/run/last.ckpt",
+    )
     while not saved.exists():
         assert job.poll() is None
         time.sleep(0.02)
@@ -499,7 +668,9 @@ def test_two_ranks_with_half_the_batch_equal_one_and_resume_exactly(trainer, tmp
         process.kill()
     finish(job)
     assert 0 < checkpoint(tmp_path / "cut")["step"] < two["step"] == 21
-    assert finish(start(tmp_path / "cut", *more, "--batch_size", 1, "--resume_from", "auto"))[0] == 0
+    assert (
+        finish(start(tmp_path / "cut", *more, "--batch_size", 1, "--resume_from", "auto"))[0] == 0
+    )
     cut = checkpoint(tmp_path / "cut")
     assert_same({**cut, "settings": None}, {**two, "settings": None})
 
