@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import psutil
@@ -358,10 +358,14 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def build_from_checkpoint(
-    path: str | Path, kind: str, create: Callable[..., nn.Module], ema: bool = True
-) -> nn.Module:
-    """Rebuild a model from any checkpoint of the trainers; the averaged weights where there are any and `ema` is on."""
+    path: str | Path, kind: str, create: Callable[..., Model], ema: bool = True
+) -> Model:
+    """Rebuild a model from any checkpoint of the trainers; the averaged weights where there are any
+    and `ema` is on."""
     state = read_checkpoint(path)
     if state["model"] not in (kind, None) or not state["model_config"]:
         raise UserError(

@@ -73,7 +73,7 @@ def test_every_command_of_the_readme_parses(command):
             module.main(argv)
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
+# --- metrics
 
 
 def scene(seed=0, height=40, width=50, bands=31):
@@ -218,7 +218,7 @@ def test_metrics_equal_mst_plus_plus():
     assert rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())
 
 
-# --- command line and files -----------------------------------------------------------------------------------------
+# --- command line and files
 
 
 @dataclasses.dataclass

@@ -75,7 +75,7 @@ def raw(tmp_path):
     return write_raw_arad(tmp_path / "raw")
 
 
-# --- synthetic scenes -----------------------------------------------------------------------------------------------
+# --- synthetic scenes
 
 
 def test_synthetic_scenes_are_in_the_arad_layout(synthetic):
@@ -239,7 +239,7 @@ def test_a_synthetic_folder_is_not_overwritten_by_other_settings(synthetic, tmp_
     assert not (tmp_path / "none").exists()
 
 
-# --- staging --------------------------------------------------------------------------------------------------------
+# --- staging
 
 
 def test_a_staged_folder_holds_the_scenes_their_statistics_and_checksums(raw, tmp_path):
@@ -412,7 +412,7 @@ def test_what_staging_says_it_will_write_is_what_it_writes(raw, tmp_path):
     )
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input
 
 
 def break_nothing_there(raw):
@@ -534,7 +534,7 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_anything_is_writte
     assert not (tmp_path / "staged").exists()
 
 
-# --- other sources, splits, rendering -------------------------------------------------------------------------------
+# --- other sources, splits, rendering
 
 
 @pytest.fixture

@@ -399,7 +399,7 @@ def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monke
     model = getattr(importlib.import_module(module), factory)("tiny").eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.02) if name.startswith(
-            ("head", "coefficients", "direct")
+            ("head.coefficients", "head.direct")
         ) else None
     common.save_checkpoint(
         tmp_path / "m.ckpt",

@@ -101,7 +101,7 @@ def test_templates_are_twins_without_personal_data_or_serialised_kernels():
     )
 
 
-# --- under Slurm ----------------------------------------------------------------------------------------------------
+# --- under Slurm
 
 
 class Slurm:

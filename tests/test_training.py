@@ -146,7 +146,7 @@ def assert_same(a, b):
         assert a == b
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------
+# --- a run
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -214,7 +214,7 @@ def test_the_same_seed_writes_the_same_lines_and_another_seed_others(trainer, ra
     assert lines[0] == lines[1] != lines[2]
 
 
-# --- never lost -----------------------------------------------------------------------------------------------------
+# --- never lost
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -327,9 +327,9 @@ def test_the_uncertainty_head_is_trained(raw_arad, tmp_path):
         "--epochs",
         1,
     )
-    before = run.model.scale_head.weight.clone()
+    before = run.model.head.scale.weight.clone()
     assert run.train() == 0
-    assert not torch.allclose(run.model.scale_head.weight, before, atol=1e-6)
+    assert not torch.allclose(run.model.head.scale.weight, before, atol=1e-6)
 
 
 KILLED_RUNS = """
@@ -428,7 +428,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------
+# --- steps
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -550,7 +550,7 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
-# --- the command line -----------------------------------------------------------------------------------------------
+# --- the command line
 
 
 def command(trainer, *args, **kwargs):
@@ -613,7 +613,7 @@ def test_folders_follow_the_environment(monkeypatch):
     assert (folder.logs, folder.checkpoints) == (Path("l/run"), Path("c/run"))
 
 
-# --- several processes ----------------------------------------------------------------------------------------------
+# --- several processes
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
