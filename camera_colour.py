@@ -1,8 +1,18 @@
-"""Cube to RGB: cameras, observers, the field's rendering of a photo, sRGB pictures to look at."""
+"""Cube to RGB: cameras and observers, the field's rendering of a photo, sRGB pictures to look at.
+
+    response = camera_response("nikon5100", wavelengths)        # (bands, 3)
+    rgb, jpeg = render_rgb(cube, response, rng=np.random.default_rng(0))
+    picture = cube_to_srgb(cube, wavelengths)
+
+A thin layer over colour-science, which has the measured tables. It takes 0.7 s to import, so it is
+imported where a table is needed.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,151 +20,15 @@ from PIL import Image
 
 from common_utils_v32 import UserError
 
-# CIE 1964 10-degree colour matching functions x10, y10, z10 (CIE 15, Colorimetry), 380 to 780 nm, step 10 nm.
-CIE_1964 = (
-    np.arange(380.0, 781.0, 10.0),
-    np.array(
-        [
-            [
-                0.00016,
-                0.002362,
-                0.01911,
-                0.084736,
-                0.204492,
-                0.314679,
-                0.383734,
-                0.370702,
-                0.302273,
-                0.195618,
-                0.080507,
-                0.016172,
-                0.003816,
-                0.037465,
-                0.117749,
-                0.236491,
-                0.376772,
-                0.529826,
-                0.705224,
-                0.878655,
-                1.01416,
-                1.11852,
-                1.12399,
-                1.03048,
-                0.856297,
-                0.647467,
-                0.431567,
-                0.268329,
-                0.152568,
-                0.081261,
-                0.040851,
-                0.019941,
-                0.009577,
-                0.004553,
-                0.002175,
-                0.001045,
-                0.000508,
-                0.000251,
-                0.000126,
-                6.5e-05,
-                3.3e-05,
-            ],
-            [
-                1.7e-05,
-                0.000253,
-                0.002004,
-                0.008756,
-                0.021391,
-                0.038676,
-                0.062077,
-                0.089456,
-                0.128201,
-                0.18519,
-                0.253589,
-                0.339133,
-                0.460777,
-                0.606741,
-                0.761757,
-                0.875211,
-                0.961988,
-                0.991761,
-                0.99734,
-                0.955552,
-                0.868934,
-                0.777405,
-                0.658341,
-                0.527963,
-                0.398057,
-                0.283493,
-                0.179828,
-                0.107633,
-                0.060281,
-                0.0318,
-                0.015905,
-                0.007749,
-                0.003718,
-                0.001768,
-                0.000846,
-                0.000407,
-                0.000199,
-                9.8e-05,
-                5e-05,
-                2.5e-05,
-                1.3e-05,
-            ],
-            [
-                0.000705,
-                0.010482,
-                0.086011,
-                0.389366,
-                0.972542,
-                1.55348,
-                1.96728,
-                1.9948,
-                1.74537,
-                1.31756,
-                0.772125,
-                0.415254,
-                0.218502,
-                0.112044,
-                0.060709,
-                0.030451,
-                0.013676,
-                0.003988,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-            ],
-        ]
-    ).T,
-)
-XYZ_TO_SRGB = np.array(
-    [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
-)
-D65_XYZ = np.array([0.9505, 1.0, 1.0890])  # both IEC 61966-2-1
-# Two cameras of our own as lobes (height, peak nm, width nm below it, width nm above it): the piecewise Gaussians of Wyman et
-# al., "Simple Analytic Approximations to the CIE XYZ Color Matching Functions", JCGT 2(2), 2013, eq. 4; overlaps and side lobes
-# as in Jiang et al., "What is the Space of Spectral Sensitivity Functions for Digital Color Cameras?", WACV 2013.
-CAMERAS = {
+Wavelengths = Sequence[float] | np.ndarray  # nm
+Table = tuple[np.ndarray, np.ndarray]  # wavelengths in nm (n), and columns (n, 3)
+Lobe = tuple[float, float, float, float]  # height, peak nm, width nm below it, width nm above it
+
+# Two cameras of our own, R, G and B as sums of lobes: the piecewise Gaussians of Wyman et al.,
+# "Simple Analytic Approximations to the CIE XYZ Color Matching Functions", JCGT 2(2), 2013, eq. 4.
+# Overlaps and side lobes are as in Jiang et al., "What is the Space of Spectral Sensitivity
+# Functions for Digital Color Cameras?", WACV 2013.
+ANALYTIC: dict[str, tuple[list[Lobe], list[Lobe], list[Lobe]]] = {
     "analytic": (
         [(1.0, 602, 22, 36), (0.10, 535, 30, 30), (0.04, 440, 20, 20)],
         [(1.0, 532, 34, 38), (0.08, 440, 25, 25), (0.05, 640, 30, 30)],
@@ -166,28 +40,45 @@ CAMERAS = {
         [(1.0, 446, 22, 38), (0.12, 545, 30, 40)],
     ),
 }
+OBSERVERS = {
+    "cie1931": "CIE 1931 2 Degree Standard Observer",
+    "cie1964": "CIE 1964 10 Degree Standard Observer",
+}
+MEASURED = {"nikon5100": "Nikon 5100 (NPL)"}
+CAMERAS = (*ANALYTIC, *MEASURED, *OBSERVERS)
+
+# The field's recipe (NTIRE 2022): photo-electrons at full scale, and mean signal over full scale.
+ELECTRONS = 750
+MEAN_SIGNAL = 0.18
+CLIP_MARGIN = 4.0  # of full scale: what is brighter clips anyway, and would overflow the noise
 
 
-def sum_of_lobes(nm: np.ndarray, lobes: list[tuple[float, float, float, float]]) -> np.ndarray:
-    """A smooth spectrum: piecewise Gaussians (height, peak, width below, width above), in nm."""
-    return sum(
-        a * np.exp(-0.5 * ((nm - peak) / np.where(nm < peak, low, high)) ** 2)
-        for a, peak, low, high in lobes
-    )
+def sum_of_lobes(nm: np.ndarray, lobes: Sequence[Lobe]) -> np.ndarray:
+    """A smooth spectrum at wavelengths nm: the sum of piecewise Gaussians."""
+    total = np.zeros(len(nm))
+    for height, peak, below, above in lobes:
+        width = np.where(nm < peak, below, above)
+        total += height * np.exp(-0.5 * ((nm - peak) / width) ** 2)
+    return total
 
 
-def camera_response(camera: str, wavelengths: list[float] | np.ndarray) -> np.ndarray:
-    """Weights (bands, 3) that make R, G, B of a spectrum: band width x sensitivity, with the gain at which a perfect
-    white (all bands 1) is 1. camera: `analytic`, `analytic2`, `cie1964`, or a CSV file with rows nm,r,g,b."""
+# --- cameras
+
+
+def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
+    """Weights (bands, 3) that make R, G and B of a spectrum: band width times sensitivity, with
+    the gain at which a perfect white (all bands 1) is 1.
+
+    camera: one of CAMERAS, or a CSV file with rows nm,r,g,b. UserError for another one, and where a
+    channel sees none of the wavelengths."""
     nm = np.asarray(wavelengths, np.float64)
-    if camera in CAMERAS:
-        response = np.stack([sum_of_lobes(nm, lobes) for lobes in CAMERAS[camera]], axis=1)
+    if camera in ANALYTIC:
+        sensitivity = np.stack([sum_of_lobes(nm, lobes) for lobes in ANALYTIC[camera]], axis=1)
+    elif camera in OBSERVERS or camera in MEASURED:
+        sensitivity = _interpolate(nm, _table(camera))
     else:
-        at, table = CIE_1964 if camera == "cie1964" else _read_camera_csv(camera)
-        response = np.stack(
-            [np.interp(nm, at, column, left=0.0, right=0.0) for column in table.T], axis=1
-        )
-    response = response * (np.abs(np.gradient(nm)) if len(nm) > 1 else 1.0)[:, None]
+        sensitivity = _interpolate(nm, _read_camera_csv(camera))
+    response = sensitivity * _band_widths(nm)[:, None]
     total = response.sum(axis=0)
     if not (total > 1e-6).all():
         raise UserError(
@@ -197,20 +88,44 @@ def camera_response(camera: str, wavelengths: list[float] | np.ndarray) -> np.nd
     return response / total
 
 
-def _read_camera_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
+def _band_widths(nm: np.ndarray) -> np.ndarray:
+    return np.abs(np.gradient(nm)) if len(nm) > 1 else np.ones(1)
+
+
+def _interpolate(nm: np.ndarray, table: Table) -> np.ndarray:
+    """The table's columns at wavelengths nm, 0 outside of it."""
+    at, columns = table
+    return np.stack([np.interp(nm, at, column, left=0, right=0) for column in columns.T], axis=1)
+
+
+@functools.cache
+def _table(camera: str) -> Table:
+    import colour
+
+    if camera in OBSERVERS:
+        measured = colour.MSDS_CMFS[OBSERVERS[camera]]
+    else:
+        measured = colour.MSDS_CAMERA_SENSITIVITIES[MEASURED[camera]]
+    return np.array(measured.wavelengths), np.array(measured.values)
+
+
+def _read_camera_csv(path: str) -> Table:
     if not Path(path).is_file():
-        raise UserError(
-            f"camera {path}: choose {', '.join(CAMERAS)}, cie1964, or a CSV file with rows nm,r,g,b"
-        )
+        choices = ", ".join(CAMERAS)
+        raise UserError(f"camera {path}: choose {choices}, or a CSV file with rows nm,r,g,b")
     try:
-        table = np.genfromtxt(path, delimiter=",", dtype=np.float64, ndmin=2)
+        table = np.genfromtxt(path, delimiter=",", dtype=np.float64, ndmin=2, encoding="utf-8")
     except ValueError as error:
         raise UserError(f"camera {path}: {error}; rows must be nm,r,g,b") from None
-    table = table[1:] if np.isnan(table[:1]).all() else table  # a header line
+    if np.isnan(table[:1]).all():
+        table = table[1:]  # without its header line
     if len(table) < 2 or table.shape[1] != 4 or not np.isfinite(table).all():
         raise UserError(f"camera {path}: needs two or more rows of four numbers nm,r,g,b")
     table = table[np.argsort(table[:, 0])]
     return table[:, 0], table[:, 1:]
+
+
+# --- photos
 
 
 def render_rgb(
@@ -219,35 +134,64 @@ def render_rgb(
     *,
     rng: np.random.Generator,
     exposure: float | None = None,
-    electrons: float = 750,
+    electrons: float = ELECTRONS,
     jpeg_quality: int = 65,
 ) -> tuple[np.ndarray, bytes]:
-    """The field's photo of a cube (H, W, bands): camera, exposure, Poisson noise, clip, 8 bit, JPEG. Linear, no gamma.
+    """The field's photo of a cube (H, W, bands): camera, exposure, Poisson noise, clip, 8 bit,
+    JPEG. Linear light, no gamma.
 
-    exposure: a fixed gain (1: perfect white is full scale), or None: mean signal 0.18 of full scale, another brightness
-    for each scene. electrons: photo-electrons at full scale, 0 for no noise. -> (uint8 (H, W, 3), the JPEG file)."""
+    exposure: a fixed gain (1: perfect white is full scale), or None: mean signal 0.18 of full
+    scale, another gain for each scene. electrons: photo-electrons at full scale, 0 for no noise.
+    -> (uint8 (H, W, 3), the bytes of the JPEG file)."""
     signal = np.maximum(cube.astype(np.float32, copy=False) @ response.astype(np.float32), 0)
-    signal *= 0.18 / max(float(signal.mean()), 1e-9) if exposure is None else exposure
+    if exposure is None:
+        exposure = MEAN_SIGNAL / max(float(signal.mean()), 1e-9)
+    signal *= exposure
     if electrons:
-        signal = (
-            rng.poisson(np.minimum(signal, 4.0) * electrons) / electrons
-        )  # 4: well above the clip
-    encoded = io.BytesIO()
+        signal = rng.poisson(np.minimum(signal, CLIP_MARGIN) * electrons) / electrons
     frame = np.rint(np.clip(signal, 0, 1) * 255).astype(np.uint8)
+    encoded = io.BytesIO()
     Image.fromarray(frame).save(encoded, "JPEG", quality=jpeg_quality)
     return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
 
 
-def cube_to_srgb(cube: np.ndarray, wavelengths: list[float] | np.ndarray) -> np.ndarray:
-    """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1]: the CIE 1964 observer, a flat spectrum of
-    1 as D65 white; bands that miss its red, green or blue in false colour, by a long, a middle and a short one."""
-    nm = np.asarray(wavelengths, float)
+# --- pictures
+
+
+def cube_to_srgb(cube: np.ndarray, wavelengths: Wavelengths) -> np.ndarray:
+    """A picture to look at, uint8 sRGB (H, W, 3), of a cube (H, W, bands) in [0, 1].
+
+    The cube is taken as reflectance in daylight (D65), seen by the CIE 1931 observer, for which
+    sRGB is defined; a flat spectrum of 1 is white. Bands that miss red, green or blue are shown in
+    false colour: a long, a middle and a short one."""
+    nm = np.asarray(wavelengths, np.float64)
     if nm.min() > 500 or nm.max() < 600 or len(nm) < 3:
-        bands = np.argsort(nm)[[-1 - len(nm) // 6, len(nm) // 2, len(nm) // 6]]
-        return np.rint(np.clip(cube[..., bands].astype(np.float32), 0, 1) * 255).astype(np.uint8)
-    xyz = camera_response("cie1964", nm) * D65_XYZ
-    linear = np.clip(
-        cube.astype(np.float32, copy=False) @ (xyz @ XYZ_TO_SRGB.T).astype(np.float32), 0, 1
-    )
-    gamma = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(gamma * 255).astype(np.uint8)
+        order = np.argsort(nm)
+        bands = order[[-1 - len(nm) // 6, len(nm) // 2, len(nm) // 6]]
+        picture = np.clip(cube[..., bands].astype(np.float32), 0, 1)
+    else:
+        linear = cube.astype(np.float32, copy=False) @ _srgb_response(tuple(nm.tolist()))
+        picture = encode_srgb(np.clip(linear, 0, 1))
+    return np.rint(picture * 255).astype(np.uint8)
+
+
+def encode_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] -> sRGB values in [0, 1] (IEC 61966-2-1)."""
+    import colour
+
+    return colour.cctf_encoding(linear, "sRGB")
+
+
+@functools.lru_cache(maxsize=16)
+def _srgb_response(wavelengths: tuple[float, ...]) -> np.ndarray:
+    """Weights (bands, 3) that make linear sRGB of reflectance in daylight."""
+    import colour
+
+    nm = np.array(wavelengths)
+    daylight = colour.SDS_ILLUMINANTS["D65"]
+    light = np.interp(nm, daylight.wavelengths, daylight.values)
+    response = _interpolate(nm, _table("cie1931")) * (light * _band_widths(nm))[:, None]
+    srgb = colour.RGB_COLOURSPACES["sRGB"]
+    white = colour.xy_to_XYZ(srgb.whitepoint)
+    to_xyz = response / response.sum(axis=0) * white
+    return (to_xyz @ srgb.matrix_XYZ_to_RGB.T).astype(np.float32)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 import optimized_dataloader as data
-from camera_colour import camera_response, cube_to_srgb, render_rgb
+from camera_colour import CAMERAS, camera_response, cube_to_srgb, render_rgb
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
 from cube_files import (
     CUBE_SUFFIXES,
@@ -560,7 +560,7 @@ def main(argv: list[str] | None = None) -> int | None:
     add(
         "--camera",
         default="analytic",
-        help="analytic, analytic2, cie1964, or a CSV file with rows nm,r,g,b",
+        help=f"{', '.join(CAMERAS)}, or a CSV file with rows nm,r,g,b",
     )
     add(
         "--exposure",

@@ -85,7 +85,7 @@ STRESS = {"recipe": {}} | {
         "exposure": (0.25, 0.5, 2.0, 4.0),
         "electrons": (5000, 200, 50),
         "jpeg_quality": (95, 30, 10),
-        "camera": ("analytic2",),
+        "camera": ("analytic2", "nikon5100", "cie1931", "cie1964"),
     }.items()
     for value in values
 }

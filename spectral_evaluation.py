@@ -211,7 +211,7 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
 def write_preview(
     stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]
 ) -> None:
-    """_preview.png (sRGB by the CIE 1964 observer), _bands.png (a montage), _spectra.png at points (x, y)."""
+    """_preview.png (sRGB), _bands.png (a montage), _spectra.png at points (x, y)."""
     (bands, height, width), columns = cube.shape, math.ceil(math.sqrt(len(cube)))
     step, rows = math.ceil(max(height, width) / 2048), math.ceil(bands / columns)
     small = np.stack([cube[band, ::step, ::step].copy() for band, _ in blocks(cube, height)])

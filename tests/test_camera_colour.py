@@ -2,11 +2,12 @@
 
 import io
 
+import colour
 import numpy as np
 import pytest
 from PIL import Image
 
-from camera_colour import CIE_1964, camera_response, cube_to_srgb, render_rgb
+from camera_colour import CAMERAS, camera_response, cube_to_srgb, render_rgb
 from common_utils_v32 import UserError
 
 NM = np.arange(400.0, 701.0, 10.0)
@@ -16,17 +17,23 @@ def flat_cube(value, side=32):
     return np.full((side, side, 31), value, np.float32)
 
 
-def test_the_cie_1964_table_has_its_known_values_and_equal_integrals():
-    nm, xyz = CIE_1964
-    assert nm[0] == 380 and nm[-1] == 780 and xyz.shape == (41, 3)
-    assert xyz[list(nm).index(560)] == pytest.approx([0.705224, 0.997340, 0.0])
-    assert nm[xyz.argmax(axis=0)].tolist() == [600, 560, 450]
-    assert xyz.sum(axis=0) == pytest.approx(
-        xyz.sum(axis=0).mean(), rel=2e-3
-    )  # an equal-energy white has X = Y = Z
+@pytest.mark.parametrize(
+    "observer, peaks", [("cie1931", [600, 555, 445]), ("cie1964", [595, 555, 445])]
+)
+def test_an_observer_peaks_where_the_cie_says(observer, peaks):
+    nm = np.arange(380.0, 781.0, 5.0)
+    assert nm[camera_response(observer, nm).argmax(axis=0)].tolist() == peaks
 
 
-@pytest.mark.parametrize("camera", ["analytic", "analytic2", "cie1964"])
+def test_a_measured_response_is_the_table_of_its_camera():
+    sensitivities = colour.MSDS_CAMERA_SENSITIVITIES["Nikon 5100 (NPL)"]
+    nm = np.array(sensitivities.wavelengths)
+    expected = sensitivities.values / sensitivities.values.sum(axis=0)
+    inner = slice(1, -1)  # the first and last band are as wide as the others, and 0
+    np.testing.assert_allclose(camera_response("nikon5100", nm)[inner], expected[inner], rtol=1e-9)
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
 @pytest.mark.parametrize(
     "nm", [NM, np.linspace(420, 690, 28), np.linspace(400, 1000, 204), NM[::-1]]
 )
@@ -72,7 +79,7 @@ def test_a_bad_camera_file_is_an_error_that_names_it(tmp_path, text, message):
 
 
 def test_an_unknown_camera_is_an_error_that_names_the_choices():
-    with pytest.raises(UserError, match="analytic2.*cie1964.*CSV"):
+    with pytest.raises(UserError, match="analytic2.*nikon5100.*cie1931.*cie1964.*CSV"):
         camera_response("leica", NM)
 
 
@@ -134,3 +141,19 @@ def test_the_picture_of_a_flat_spectrum_is_grey_with_srgb_gamma_and_of_one_band_
     assert np.abs(grey - 118).max() <= 2  # 18 % grey in sRGB
     for nm, channel in ((450, 2), (540, 1), (640, 0)):
         assert cube_to_srgb((np.abs(NM - nm) < 15) * flat_cube(1.0), NM)[0, 0].argmax() == channel
+
+
+@pytest.mark.filterwarnings("ignore:Aligning")
+def test_the_picture_of_a_colour_chart_is_what_colour_science_computes_in_daylight():
+    daylight = colour.SDS_ILLUMINANTS["D65"]
+    for spectrum in colour.SDS_COLOURCHECKERS["ISO 17321-1"].values():
+        xyz = colour.sd_to_XYZ(spectrum, illuminant=daylight) / 100
+        expected = 255 * np.clip(colour.XYZ_to_sRGB(xyz), 0, 1)
+        patch = np.interp(NM, spectrum.wavelengths, spectrum.values)[None, None]
+        assert np.abs(cube_to_srgb(patch, NM)[0, 0] - expected).max() < 2
+
+
+def test_a_table_is_looked_up_without_a_word(capfd):
+    camera_response("nikon5100", NM)
+    cube_to_srgb(flat_cube(0.5), NM)
+    assert capfd.readouterr() == ("", "")
