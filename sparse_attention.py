@@ -1,10 +1,16 @@
-"""Attention of every query to a few keys: exact top-k, blocks of keys, local windows, sparsemax; see
-`sparse_attention_topk_streaming`.
+"""Attention of every query to a few keys: exact top-k, blocks of keys, local windows, sparsemax.
 
-Shapes: B batch, h heads, N tokens, D head width, K keys kept, H W pixels.
+    out = sparse_attention_topk_streaming(q, k, v, sparsity_ratio=0.9)      # (B*h, N, D)
+
+Shapes: B batch, h heads, BH batch times heads, N tokens, D head width, K keys kept, H W pixels.
+Scores are computed tile by tile in buffers that are used again: never N x N in memory.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,90 +18,127 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 SPARSE_MODES = ("topk", "block", "sparsemax", "local")
-
-
 TILE = 8  # side in pixels of a query tile of local attention
-ROW_GROUP = (
-    16  # rows and keys of a score tile come in groups: BLAS sums in another order for tiny ones
-)
-MASKED = (
-    -1e30
-)  # a score that gets no weight; finite, so that padded queries, without keys, stay finite
-TILE_SCORES = {
-    "cpu": 2**18,
-    "cuda": 2**24,
-}  # scores held at a time: 1 MiB is a core's L2 cache, 64 MiB fill a GPU
+ROW_GROUP = 16  # rows and keys of a score tile come in groups: BLAS sums tiny ones in another order
+# A score that gets no weight. It is finite, so that padded queries, without keys, stay finite.
+MASKED = -1e30
+# Scores held at a time: 1 MiB is a core's L2 cache, 64 MiB fill a GPU.
+TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}
+
+Shape = tuple[int, ...]
 
 
-def _register(name: str, forward, backward, keys):
-    """An operator whose loops stay out of compiled graphs. It maps q, k, v and settings to (out, a number a query); its
-    backward gets the gradient, q, k, v, both outputs and the settings. `keys(k's shape, settings)` is how many keys a
-    query meets: two products forward, five backward, which computes the scores again."""
-    op = torch.library.custom_op(f"hsi::{name}", forward, mutates_args=())
-    back = torch.library.custom_op(f"hsi::{name}_backward", backward, mutates_args=())
-    op.register_fake(
-        lambda q, k, v, *_: (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1))
-    )
-    back.register_fake(lambda grad, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+# --- operators whose loops stay out of compiled graphs
 
-    def setup(ctx, inputs, output):
+
+def _register(
+    name: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    keys_met: Callable[[Shape, tuple], int],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A custom operator hsi::<name> with its gradient and its count of operations.
+
+    forward(q, k, v, *settings) gives the output and one value per query, which
+    backward(gradient, q, k, v, output, values, *settings) gets back. keys_met(shape of k, settings)
+    is how many keys a query meets."""
+    operator = torch.library.custom_op(f"hsi::{name}", forward, mutates_args=())
+    operator_backward = torch.library.custom_op(f"hsi::{name}_backward", backward, mutates_args=())
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1)
+
+    def fake_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:3], *output)
         ctx.mark_non_differentiable(output[1])
         ctx.settings = inputs[3:]
 
-    def gradients(ctx, grad, _):
-        return *back(grad.contiguous(), *ctx.saved_tensors, *ctx.settings), *[None] * len(
-            ctx.settings
-        )
+    def gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        found = operator_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return *found, *[None] * len(ctx.settings)
 
-    def flops(q, k, v, *settings, out_shape=None, products=(1, 1)):
-        return (
-            2 * math.prod(q[:-1]) * keys(k, settings) * (products[0] * q[-1] + products[1] * v[-1])
-        )
+    operator.register_fake(fake)
+    operator_backward.register_fake(fake_backward)
+    operator.register_autograd(gradients, setup_context=setup)
+    _count_operations(name, keys_met)
+    return operator
 
-    op.register_autograd(gradients, setup_context=setup)
+
+def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> None:
+    """Tell FlopCounterMode: two products of queries and keys forward, and five backward, which
+    computes the scores again."""
+
+    def flops(q: Shape, k: Shape, v: Shape, *settings: Any, out_shape: Any = None) -> int:
+        return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (q[-1] + v[-1])
+
+    def flops_backward(
+        _: Shape,
+        q: Shape,
+        k: Shape,
+        v: Shape,
+        out: Shape,
+        values: Shape,
+        *settings: Any,
+        out_shape: Any = None,
+    ) -> int:
+        return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (3 * q[-1] + 2 * v[-1])
+
     register_flop_formula(getattr(torch.ops.hsi, name))(flops)
-    register_flop_formula(getattr(torch.ops.hsi, f"{name}_backward"))(
-        lambda grad, q, k, v, out, extra, *settings, out_shape=None: flops(
-            q, k, v, *settings, products=(3, 2)
-        )
-    )
-    return op
+    register_flop_formula(getattr(torch.ops.hsi, f"{name}_backward"))(flops_backward)
+
+
+# --- exact top-k
 
 
 def keys_to_keep(n: int, ratio: float) -> int:
-    """K = max(1, ceil((1 - ratio) * n)), with room for the rounding of 1 - ratio (0.9 of 300 keeps 30, not 31)."""
+    """K = max(1, ceil((1 - ratio) * n)), with room for the rounding of 1 - ratio: 0.9 of 300 keeps
+    30, not 31."""
     return max(1, math.ceil((1.0 - ratio) * n - 1e-6))
 
 
-def _spans(total: int, size: int):
-    """(start, stop) pairs that cover range(total), `size` rounded up to ROW_GROUP long; a short tail joins the last."""
+def _spans(total: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) pairs that cover range(total), `size` rounded up to ROW_GROUP long; a short
+    tail joins the last."""
     size = -(-size // ROW_GROUP) * ROW_GROUP
     starts = list(range(0, total, size))
     if len(starts) > 1 and total - starts[-1] < ROW_GROUP:
         starts.pop()
-    return list(zip(starts, starts[1:] + [total], strict=False))
+    return list(zip(starts, [*starts[1:], total], strict=True))
 
 
-def _score_tiles(q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int):
-    """Yield (heads, rows, scores): slices of q and the scores (g, r, N) of those queries in a buffer that is reused."""
-    (heads, n_q, _), n_k = q.shape, k.shape[1]
-    budget = TILE_SCORES.get(q.device.type, 2**24) * (
-        torch.get_num_threads() if q.device.type == "cpu" else 1
-    )
-    group = max(1, budget // (n_q * n_k)) if n_q <= q_block_size else 1  # heads a tile
-    row_spans, buffer = _spans(n_q, max(1, min(q_block_size, budget // n_k))), q.new_empty(0)
-    for h in range(0, heads, group):
-        hs = slice(h, min(h + group, heads))
-        for a, b in row_spans:
-            scores = buffer.resize_(hs.stop - h, b - a, n_k)
-            for c, d in _spans(n_k, block_size):
-                torch.bmm(q[hs, a:b], k[hs, c:d].mT, out=scores[..., c:d])
-            yield hs, slice(a, b), scores.mul_(scale)
+def _score_budget(device: torch.device) -> int:
+    budget = TILE_SCORES.get(device.type, TILE_SCORES["cuda"])
+    return budget * torch.get_num_threads() if device.type == "cpu" else budget
+
+
+def _score_tiles(
+    q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (heads, rows, scores): slices of q (BH, N, D), and the scores (heads, rows, N) of those
+    queries, in a buffer that is used again."""
+    (heads, queries, _), keys = q.shape, k.shape[1]
+    budget = _score_budget(q.device)
+    heads_in_tile = 1
+    if queries <= q_block_size:
+        heads_in_tile = max(1, budget // (queries * keys))
+    row_spans = _spans(queries, max(1, min(q_block_size, budget // keys)))
+    buffer = q.new_empty(0)
+    for head in range(0, heads, heads_in_tile):
+        hs = slice(head, min(head + heads_in_tile, heads))
+        for top, bottom in row_spans:
+            scores = buffer.resize_(hs.stop - head, bottom - top, keys)
+            for first, last in _spans(keys, block_size):
+                torch.bmm(q[hs, top:bottom], k[hs, first:last].mT, out=scores[..., first:last])
+            yield hs, slice(top, bottom), scores.mul_(scale)
 
 
 def _kth_largest(scores: Tensor, keep: int) -> Tensor:
-    """The keep-th largest score of each row, (..., 1). On a CPU NumPy's partition takes a tenth of kthvalue's time."""
+    """The keep-th largest score of each row, (..., 1).
+
+    On a CPU NumPy's partition takes a tenth of kthvalue's time."""
     index = scores.shape[-1] - keep
     if scores.device.type != "cpu":
         return scores.kthvalue(index + 1, dim=-1, keepdim=True).values
@@ -105,21 +148,23 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 def _keep_and_softmax_(scores: Tensor, threshold: Tensor) -> Tensor:
-    """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0 elsewhere."""
+    """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0
+    elsewhere."""
     below = torch.nextafter(threshold, threshold.new_tensor(-math.inf))
-    scores.sub_(
-        below.minimum(threshold - torch.finfo(threshold.dtype).tiny)
-    )  # > 0 exactly where score >= threshold
-    F.threshold_(scores, 0.0, -math.inf)
+    # The difference is > 0 exactly where a score reaches the threshold.
+    scores.sub_(below.minimum(threshold - torch.finfo(threshold.dtype).tiny))
+    torch.threshold_(scores, 0.0, -math.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
 def _topk_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: int, scale: float, block_size: int, q_block_size: int
 ) -> tuple[Tensor, Tensor]:
+    """Output (BH, N, Dv) and each query's threshold (BH, N, 1)."""
     out, threshold = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], 1)
     for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
-        threshold[hs, rows] = limit = _kth_largest(scores, keep)
+        limit = _kth_largest(scores, keep)
+        threshold[hs, rows] = limit
         torch.bmm(_keep_and_softmax_(scores, limit), v[hs], out=out[hs, rows])
     return out, threshold
 
@@ -137,7 +182,8 @@ def _topk_backward(
     q_block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    delta, buffer = (grad * out).sum(-1, keepdim=True), q.new_empty(0)
+    delta = (grad * out).sum(-1, keepdim=True)
+    buffer = q.new_empty(0)
     for hs, rows, scores in _score_tiles(q, k, scale, block_size, q_block_size):
         weights = _keep_and_softmax_(scores, threshold[hs, rows])
         dv[hs].baddbmm_(weights.mT, grad[hs, rows])
@@ -148,11 +194,15 @@ def _topk_backward(
     return dq.mul_(scale), dk.mul_(scale), dv
 
 
-_topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, rest: k[1])
+_topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, settings: k[1])
+
+
+# --- local windows
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, most entries are exactly 0."""
+    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, and most
+    entries are exactly 0."""
     with torch.no_grad():
         ordered = scores.sort(-1, descending=True).values
         rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
@@ -163,79 +213,77 @@ def sparsemax(scores: Tensor) -> Tensor:
 
 
 class _LocalTiles:
-    """A tile is TILE x TILE pixels of queries; its keys are those pixels and a border `reach` wide. A step is a few
-    tiles in a row. All tensors are images (BH, H, W, D): only a step's strip is padded, never the frame."""
+    """Cuts images (BH, H, W, D) into tiles of TILE x TILE queries, whose keys are those pixels and
+    a border `reach` wide. A step is a few tiles in a row: only its strip is padded, no frame."""
 
-    def __init__(self, q: Tensor, side: int, off_frame: float):
-        (self.height, self.width), self.off_frame = q.shape[1:3], off_frame
+    def __init__(self, q: Tensor, side: int, off_frame: float) -> None:
+        self.height, self.width = q.shape[1:3]
+        self.off_frame = off_frame
         self.reach, self.halo = side // 2, TILE + side - 1
         self.columns = -(-self.width // TILE)
-        budget = 2 * TILE_SCORES.get(q.device.type, 2**24)
-        self.per_step = max(1, min(self.columns, budget // (q.shape[0] * TILE**2 * self.halo**2)))
+        budget = 2 * TILE_SCORES.get(q.device.type, TILE_SCORES["cuda"])
+        scores_in_tile = q.shape[0] * TILE**2 * self.halo**2
+        self.per_step = max(1, min(self.columns, budget // scores_in_tile))
         self.across = -(-self.columns // self.per_step)
         self.steps = -(-self.height // TILE) * self.across
-        offset = (
-            torch.arange(self.halo, device=q.device) - torch.arange(TILE, device=q.device)[:, None]
-        )
+        offset = torch.arange(self.halo, device=q.device)
+        offset = offset - torch.arange(TILE, device=q.device)[:, None]
         near = (offset >= 0) & (offset < side)  # (TILE, halo): in the window, along one axis
         near = near[:, None, :, None] & near[None, :, None, :]
         self.window = q.new_zeros(()).where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
 
-    def _place(self, step: int, reach: int):
-        """A step's tile count, the part of the frame that its strip covers, and the padding around that."""
+    def _place(self, step: int, reach: int) -> tuple[int, slice, slice, tuple[int, int, int, int]]:
+        """A step's tile count, the rows and columns of the frame that its strip covers, and the
+        padding around those: left, right, top, bottom."""
         row, part = divmod(step, self.across)
         top, left = row * TILE - reach, part * self.per_step * TILE - reach
         tiles = min(self.per_step, self.columns - part * self.per_step)
         bottom, right = top + TILE + 2 * reach, left + tiles * TILE + 2 * reach
-        rows, columns = (
-            slice(max(0, top), min(bottom, self.height)),
-            slice(max(0, left), min(right, self.width)),
-        )
-        return (
-            tiles,
-            rows,
-            columns,
-            (columns.start - left, right - columns.stop, rows.start - top, bottom - rows.stop),
-        )
+        rows = slice(max(0, top), min(bottom, self.height))
+        columns = slice(max(0, left), min(right, self.width))
+        padding = (columns.start - left, right - columns.stop, rows.start - top, bottom - rows.stop)
+        return tiles, rows, columns, padding
 
     def take(self, x: Tensor, step: int, reach: int) -> Tensor:
         """Tiles of pixels (reach 0) or of keys: (BH, tiles, side * side, D)."""
-        _, rows, columns, pad = self._place(step, reach)
-        strip = F.pad(x[:, rows, columns], (0, 0, *pad))
-        return strip.unfold(2, TILE + 2 * reach, TILE).permute(0, 2, 1, 4, 3).flatten(2, 3)
+        _, rows, columns, padding = self._place(step, reach)
+        strip = F.pad(x[:, rows, columns], (0, 0, *padding))
+        tiles = strip.unfold(2, TILE + 2 * reach, TILE)  # BH, side, tiles, D, side
+        return tiles.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def add(self, x: Tensor, value: Tensor, step: int, reach: int):
-        """Add such tiles to the frame. Neighbours share the border: they are added a tile's width at a time."""
+    def add(self, x: Tensor, value: Tensor, step: int, reach: int) -> None:
+        """Add such tiles to the frame x. Neighbours share the border, so they are added in pieces a
+        tile wide, of which no two overlap."""
         tiles, rows, columns, (left, _, top, _) = self._place(step, reach)
         size = TILE + 2 * reach
         value = value.unflatten(2, (size, size))
         strip = x.new_zeros(x.shape[0], size, (tiles - 1) * TILE + size, x.shape[3])
         for shift in range(0, size, TILE):
-            part = value[:, :, :, shift : shift + TILE]
-            span = strip[:, :, shift : shift + (tiles - 1) * TILE + part.shape[3]]
-            span.unfold(2, part.shape[3], TILE).permute(0, 2, 1, 4, 3).add_(part)
+            piece = value[:, :, :, shift : shift + TILE]
+            width = piece.shape[3]
+            span = strip[:, :, shift : shift + (tiles - 1) * TILE + width]
+            span.unfold(2, width, TILE).permute(0, 2, 1, 4, 3).add_(piece)
         frame = x[:, rows, columns]
         frame += strip[:, top : top + frame.shape[1], left : left + frame.shape[2]]
 
-    def inputs(self, step: int, q: Tensor, k: Tensor, v: Tensor):
-        """q, k, v of a step and what its windows and the frame add to the scores. Keys off the frame are zeros."""
-        tiles, rows, columns, pad = self._place(step, self.reach)
-        q, k, v = (
-            self.take(q, step, 0),
-            self.take(k, step, self.reach),
-            self.take(v, step, self.reach),
-        )
-        if not any(pad):
+    def inputs(
+        self, step: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v of a step, and what its windows and the frame add to the scores. Keys off the
+        frame are zeros."""
+        tiles, rows, columns, padding = self._place(step, self.reach)
+        q = self.take(q, step, 0)
+        k, v = self.take(k, step, self.reach), self.take(v, step, self.reach)
+        if not any(padding):
             return q, k, v, self.window
-        frame = k.new_ones(
-            1, rows.stop - rows.start, columns.stop - columns.start, dtype=torch.bool
-        )
-        frame = (
-            F.pad(frame, pad).unfold(2, self.halo, TILE).transpose(1, 2).reshape(1, tiles, 1, -1)
-        )
-        return q, k, v, self.window.where(frame | (self.window < 0), self.off_frame)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        frame = F.pad(k.new_ones(1, height, width, dtype=torch.bool), padding)
+        frame = frame.unfold(2, self.halo, TILE).transpose(1, 2).reshape(1, tiles, 1, -1)
+        bias = self.window.where(frame | (self.window < 0), self.off_frame)
+        return q, k, v, bias
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor, scale: float, sparse: bool) -> Tensor:
+        """Attention weights of a step, (BH, tiles, TILE^2, halo^2)."""
         scores = (q @ k.mT).mul_(scale).add_(bias)
         return sparsemax(scores) if sparse else torch.softmax(scores, -1, out=scores)
 
@@ -243,18 +291,18 @@ class _LocalTiles:
 def _local_forward(
     q: Tensor, k: Tensor, v: Tensor, side: int, scale: float, off_frame: float, sparse: bool
 ) -> tuple[Tensor, Tensor]:
+    """Output (BH, H, W, Dv), and nothing per query."""
     tiles = _LocalTiles(q, side, off_frame)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for step in range(tiles.steps):
-        tq, tk, tv, bias = tiles.inputs(step, q, k, v)
-        tiles.add(
-            out,
-            tiles.weights(tq, tk, bias, scale, sparse) @ tv
-            if sparse
-            else F.scaled_dot_product_attention(tq, tk, tv, attn_mask=bias, scale=scale),
-            step,
-            0,
-        )
+        step_q, step_k, step_v, bias = tiles.inputs(step, q, k, v)
+        if sparse:
+            found = tiles.weights(step_q, step_k, bias, scale, sparse) @ step_v
+        else:
+            found = F.scaled_dot_product_attention(
+                step_q, step_k, step_v, attn_mask=bias, scale=scale
+            )
+        tiles.add(out, found, step, 0)
     return out, q.new_empty(*q.shape[:-1], 1)
 
 
@@ -271,85 +319,118 @@ def _local_backward(
     sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _LocalTiles(q, side, off_frame)
-    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for step in range(tiles.steps):
-        tq, tk, tv, bias = tiles.inputs(step, q, k, v)
-        tg, weights = tiles.take(grad, step, 0), tiles.weights(tq, tk, bias, scale, sparse)
-        ds = tg @ tv.mT
+        step_q, step_k, step_v, bias = tiles.inputs(step, q, k, v)
+        weights = tiles.weights(step_q, step_k, bias, scale, sparse)
+        step_grad = tiles.take(grad, step, 0)
+        ds = step_grad @ step_v.mT
         if sparse:  # the Jacobian of sparsemax: centred on the support, 0 elsewhere
             support = (weights > 0).to(ds.dtype)
-            ds.sub_(
-                (ds * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_min(1)
-            ).mul_(support)
+            size = support.sum(-1, keepdim=True).clamp_min(1)
+            ds.sub_((ds * support).sum(-1, keepdim=True) / size).mul_(support)
         else:
-            ds.sub_((tg * tiles.take(out, step, 0)).sum(-1, keepdim=True)).mul_(weights)
-        tiles.add(dq, (ds @ tk).mul_(scale), step, 0)
-        tiles.add(dk, (ds.mT @ tq).mul_(scale), step, tiles.reach)
-        tiles.add(dv, weights.mT @ tg, step, tiles.reach)
+            ds.sub_((step_grad * tiles.take(out, step, 0)).sum(-1, keepdim=True)).mul_(weights)
+        tiles.add(dq, (ds @ step_k).mul_(scale), step, 0)
+        tiles.add(dk, (ds.mT @ step_q).mul_(scale), step, tiles.reach)
+        tiles.add(dv, weights.mT @ step_grad, step, tiles.reach)
     return dq, dk, dv
 
 
 _local_op = _register(
-    "local_attention", _local_forward, _local_backward, lambda k, rest: (TILE + rest[0] - 1) ** 2
+    "local_attention",
+    _local_forward,
+    _local_backward,
+    lambda k, settings: (TILE + settings[0] - 1) ** 2,  # settings[0]: side of the window
 )
 
 
-def _block_attention(q, k, v, scale, ratio, k_cap, block_size, q_block_size):
-    """Gathering whole blocks costs a hundredth of the products; the gathered keys take N / q_block * K * D."""
-    n_q, n_k, heads = q.shape[1], k.shape[1], len(q)
-    size = min(
-        block_size, max(ROW_GROUP, min(64, n_k // 32))
-    )  # so that a tenth of the blocks is a choice
-    q, k, v = (
-        F.pad(x, (0, 0, 0, -x.shape[1] % s)).unflatten(1, (-1, s))
-        for x, s in ((q, min(q_block_size, 2 * size)), (k, size), (v, size))
-    )
+# --- blocks of keys
+
+
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """(BH, N, D) -> (BH, blocks, size, D), zeros in the last block's rest."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    ratio: float,
+    k_cap: int,
+    block_size: int,
+    q_block_size: int,
+) -> Tensor:
+    """Whole blocks of keys for a block of queries, chosen by the product of their means.
+
+    To choose takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
+    queries, keys, heads = q.shape[1], k.shape[1], len(q)
+    # Small enough that a tenth of the blocks is a choice.
+    size = min(block_size, max(ROW_GROUP, min(64, keys // 32)))
+    q = _in_blocks(q, min(q_block_size, 2 * size))
+    k, v = _in_blocks(k, size), _in_blocks(v, size)
     blocks = k.shape[1]
     keep = min(keys_to_keep(blocks, ratio), max(1, k_cap // size))
-    with torch.no_grad():  # padded keys are zeros: they leave a sum as it is
+    mask = None
+    with torch.no_grad():
         pooled = k.mean(2).mT
-        pooled[..., -1] *= size / (n_k - size * (blocks - 1))
-        index = (q.mean(2) @ pooled).topk(keep, sorted=False).indices
-        rows = (index + blocks * torch.arange(heads, device=q.device)[:, None, None]).flatten()
-        place = index[..., None] * size + torch.arange(size, device=q.device)
-        mask = (place < n_k).flatten(2)[:, :, None] if n_k < blocks * size else None
-    k, v = (
-        x.flatten(0, 1).flatten(1).index_select(0, rows).view(heads, -1, keep * size, x.shape[-1])
-        for x in (k, v)
-    )
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2)[
-        :, :n_q
-    ]
+        # The zeros that fill the last block leave its sum as it is, but not its mean.
+        pooled[..., -1] *= size / (keys - size * (blocks - 1))
+        chosen = (q.mean(2) @ pooled).topk(keep, sorted=False).indices  # BH, query blocks, keep
+        head = torch.arange(heads, device=q.device)[:, None, None]
+        rows = (chosen + blocks * head).flatten()
+        if keys < blocks * size:
+            place = chosen[..., None] * size + torch.arange(size, device=q.device)
+            mask = (place < keys).flatten(2)[:, :, None]
+
+    def gather(x: Tensor) -> Tensor:
+        found = x.flatten(0, 1).flatten(1).index_select(0, rows)
+        return found.view(heads, -1, keep * size, x.shape[-1])
+
+    out = F.scaled_dot_product_attention(q, gather(k), gather(v), attn_mask=mask, scale=scale)
+    return out.flatten(1, 2)[:, :queries]
+
+
+# --- the one entrance
 
 
 def odd_side(window_size: int, name: str) -> int:
+    """The side of a window of `window_size` pixels. ValueError unless it is odd."""
     side = math.isqrt(max(0, window_size))
     if side**2 != window_size or side % 2 == 0:
         raise ValueError(f"{name} must be an odd square (9, 25, 49, ...), not {window_size}")
     return side
 
 
-def _check_attention(q, k, v, ratio, mode, spatial_shape, sizes):
-    shapes = [tuple(x.shape) for x in (q, k, v)]  # spatial_shape: () when it is not needed
-    fits = (
-        {len(x) for x in shapes} == {3}
-        and len({x[0] for x in shapes}) == 1
-        and min(min(x) for x in shapes) > 0
-    )
-    if not fits or shapes[0][2] != shapes[1][2] or shapes[1][1] != shapes[2][1]:
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    fits = all(len(shape) == 3 and min(shape) > 0 for shape in shapes)
+    if fits:
+        same_heads = len(q) == len(k) == len(v)
+        fits = same_heads and q.shape[2] == k.shape[2] and k.shape[1] == v.shape[1]
+    if not fits:
         raise ValueError(f"q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not {shapes}")
+
+
+def _check_settings(ratio: float, mode: str, sizes: dict[str, int]) -> None:
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"sparsity_ratio must be in [0, 1), not {ratio}")
     if mode not in SPARSE_MODES:
         raise ValueError(f"sparse_mode must be one of {', '.join(SPARSE_MODES)}, not {mode!r}")
-    if bad := [f"{name} = {size}" for name, size in sizes.items() if size < 1 or size != int(size)]:
-        raise ValueError(f"{', '.join(bad)}: must be positive integers")
-    if spatial_shape != () and (
-        spatial_shape is None or {math.prod(spatial_shape)} != {x[1] for x in shapes}
-    ):
+    for name, size in sizes.items():
+        if size < 1 or size != int(size):
+            raise ValueError(f"{name} = {size}: must be a positive integer")
+
+
+def _check_frame(q: Tensor, k: Tensor, spatial_shape: tuple[int, int] | None) -> tuple[int, int]:
+    tokens = q.shape[1]
+    if spatial_shape is None or k.shape[1] != tokens or math.prod(spatial_shape) != tokens:
         raise ValueError(
-            f"local windows need spatial_shape=(H, W), H * W = {q.shape[1]} tokens, not {spatial_shape}"
+            f"local windows need spatial_shape=(H, W), H * W = {tokens} tokens, not {spatial_shape}"
         )
+    return spatial_shape
 
 
 def sparse_attention_topk_streaming(
@@ -368,65 +449,69 @@ def sparse_attention_topk_streaming(
     sparse_mode: str = "topk",
     sparsemax_pad_value: float | None = None,
 ) -> Tensor:
-    """Attention of q (B*h, N, D) to a few keys k (B*h, N, D), v (B*h, N, Dv): (B*h, N, Dv). Never N x N in memory.
+    """Attention of q (B*h, N, D) to a few keys k (B*h, N, D), v (B*h, N, Dv): (B*h, N, Dv).
 
-    "topk": softmax over the K = max(1, ceil((1 - ratio) N)) best keys of every query, at most `k_cap`, ties kept. Exact
-        whatever `block_size` (keys a product) and `q_block_size` (queries a tile, in groups of 16). Ratio 0 is dense.
-    "block": whole blocks of up to `block_size` keys for a block of queries, chosen by their mean scores; the time falls
-        with the ratio. Not bound by `max_tokens`; `k_cap` holds.
-    "local", and "topk" above `max_tokens`: the `window_size` pixels around each query (49 is 7 x 7) in `spatial_shape`.
-    "sparsemax": the same windows with sparsemax; pixels outside the frame are masked, or score `sparsemax_pad_value`.
-    Raises ValueError for bad values, and when windows are needed and `spatial_shape` is not given."""
-    local = sparse_mode in ("local", "sparsemax") or (
-        sparse_mode == "topk" and k.shape[1] > max_tokens
-    )
-    _check_attention(
-        q,
-        k,
-        v,
-        sparsity_ratio,
-        sparse_mode,
-        spatial_shape if local else (),
-        dict(block_size=block_size, max_tokens=max_tokens, k_cap=k_cap, q_block_size=q_block_size),
-    )
-    side = odd_side(window_size, "window_size")
-    scale, dtype = q.shape[-1] ** -0.5 if scale is None else float(scale), v.dtype
-    with torch.autocast(
-        q.device.type, enabled=False
-    ):  # scores of half precision would move the threshold
-        q, k, v = (
-            x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (q, k, v)
-        )
-        if local:
-            run = _local_forward if torch.compiler.is_exporting() else _local_op
-            off = (
-                MASKED
-                if sparse_mode != "sparsemax" or sparsemax_pad_value is None
-                else sparsemax_pad_value
-            )
-            q, k, v = (x.unflatten(1, spatial_shape) for x in (q, k, v))
-            out = run(q, k, v, side, scale, off, sparse_mode == "sparsemax")[0].flatten(1, 2)
+    topk: softmax over the K = max(1, ceil((1 - ratio) N)) best keys of a query, at most `k_cap`,
+        ties kept. Exact whatever `block_size` (keys in a product) and `q_block_size` (queries in
+        a tile, in groups of 16). Ratio 0 is dense.
+    block: whole blocks of up to `block_size` keys for a block of queries; the time falls with the
+        ratio. Not bound by `max_tokens`; `k_cap` holds.
+    local, and topk above `max_tokens`: the `window_size` pixels around a query (49 is 7 x 7).
+    sparsemax: the same with sparsemax; pixels off the frame are masked, or score
+        `sparsemax_pad_value`.
+    ValueError for bad values, and where windows are needed without `spatial_shape` (H, W)."""
+    sizes = {"block_size": block_size, "max_tokens": max_tokens}
+    sizes |= {"k_cap": k_cap, "q_block_size": q_block_size}
+    _check_settings(sparsity_ratio, sparse_mode, sizes)
+    _check_tokens(q, k, v)
+    side, dtype = odd_side(window_size, "window_size"), v.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    in_windows = sparse_mode in ("local", "sparsemax")
+    with torch.autocast(q.device.type, enabled=False):  # half precision would move the threshold
+        q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+        if in_windows or (sparse_mode == "topk" and k.shape[1] > max_tokens):
+            frame, sparse = _check_frame(q, k, spatial_shape), sparse_mode == "sparsemax"
+            out = _local_attention(q, k, v, frame, side, scale, sparse, sparsemax_pad_value)
         elif sparsity_ratio == 0.0:
             out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
         elif sparse_mode == "block":
             out = _block_attention(q, k, v, scale, sparsity_ratio, k_cap, block_size, q_block_size)
-        elif (
-            torch.compiler.is_exporting()
-        ):  # plain operators, for the small frame that a graph is exported for
-            scores = q @ k.mT * scale
-            least = scores.topk(min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)).values[
-                ..., -1:
-            ]
-            out = scores.masked_fill(scores < least, -math.inf).softmax(-1) @ v
         else:
             keep = min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)
-            out = _topk_op(
-                q.contiguous(),
-                k.contiguous(),
-                v.contiguous(),
-                keep,
-                scale,
-                block_size,
-                q_block_size,
-            )[0]
+            out = _topk_attention(q, k, v, keep, scale, block_size, q_block_size)
     return out.to(dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frame: tuple[int, int],
+    side: int,
+    scale: float,
+    sparse: bool,
+    pad_value: float | None,
+) -> Tensor:
+    off_frame = MASKED
+    if sparse and pad_value is not None:
+        off_frame = pad_value
+    run = _local_forward if torch.compiler.is_exporting() else _local_op
+    q, k, v = q.unflatten(1, frame), k.unflatten(1, frame), v.unflatten(1, frame)
+    out, _ = run(q, k, v, side, scale, off_frame, sparse)
+    return out.flatten(1, 2)
+
+
+def _topk_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: int, scale: float, block_size: int, q_block_size: int
+) -> Tensor:
+    if torch.compiler.is_exporting():  # plain operators, for the small frame of an exported graph
+        scores = q @ k.mT * scale
+        least = scores.topk(keep).values[..., -1:]
+        return scores.masked_fill(scores < least, -math.inf).softmax(-1) @ v
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, _ = _topk_op(q, k, v, keep, scale, block_size, q_block_size)
+    return out
