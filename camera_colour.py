@@ -62,6 +62,13 @@ def sum_of_lobes(nm: np.ndarray, lobes: Sequence[Lobe]) -> np.ndarray:
     return total
 
 
+def blackbody(nm: np.ndarray, kelvin: float) -> np.ndarray:
+    """Planck's law: spectral radiance at wavelengths nm, in W / (sr m^3)."""
+    import colour
+
+    return colour.colorimetry.planck_law(nm * 1e-9, kelvin)
+
+
 # --- cameras
 
 

@@ -1,18 +1,21 @@
-"""Prepares data: any raw data set becomes a staged folder that the trainers read fast, or a synthetic raw one is made.
+"""Prepares data: any raw data set becomes a staged folder that the trainers read fast, or a
+synthetic raw one is made.
 
-    python dataset_setup.py --arad-root RAW --output-root STAGED --patch-size 128 --stride 8 --workers 8
+    python dataset_setup.py --arad-root RAW --output-root STAGED --patch-size 128 --stride 8
     python dataset_setup.py --cave-root CAVE --output-root STAGED --render-rgb --val-fraction 0.2
-    python dataset_setup.py --cubes DIR --output-root STAGED --scale 4095       # .mat, .npy, .npz, ENVI .hdr
-    python dataset_setup.py --arad-root RAW --verify-only                      # a table; exit code 1 with any problem
-    python dataset_setup.py --synthetic 20 --output-root RAW --size 256x256    # raw scenes in the ARAD-1K layout
+    python dataset_setup.py --cubes DIR --output-root STAGED --scale 4095   # .mat .npy .npz .hdr
+    python dataset_setup.py --arad-root RAW --verify-only         # a table; exit code 1 on problems
+    python dataset_setup.py --synthetic 20 --output-root RAW --size 256x256    # ARAD-1K's layout
 
-A staged folder has `{train,val,test}/<scene>.cube.npy` (H, W, bands) and `.rgb.npy` (H, W, 3), index.json (statistics,
-checksums, patch grids) and contact_sheet.png, where a wrong transpose shows. A scene is written whole or not at all; the
-same command again carries on where the last one stopped."""
+A staged folder has {train,val,test}/<scene>.cube.npy (H, W, bands) and .rgb.npy (H, W, 3),
+index.json (statistics, checksums, patch grids) and contact_sheet.png, where a wrong transpose
+shows. A scene is written whole or not at all; the same command again carries on where the last one
+stopped.
+"""
+
+from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import multiprocessing
 import os
 import shutil
@@ -22,14 +25,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-import common_utils_v32 as common
-import optimized_dataloader as data
-from camera_colour import CAMERAS, camera_response, cube_to_srgb, render_rgb
-from common_utils_v32 import UserError, atomic_write, read_json, write_json
+from camera_colour import CAMERAS, camera_response, render_rgb
+from common_utils_v32 import (
+    CliParser,
+    UserError,
+    atomic_write,
+    read_json,
+    run_cli,
+    write_json,
+    write_text,
+)
 from cube_files import (
     CUBE_SUFFIXES,
     FIELD_BANDS,
@@ -37,64 +47,82 @@ from cube_files import (
     arad_mat,
     check_cube,
     check_wavelengths,
+    envi_files,
     read_cube,
     read_rgb,
     read_wavelengths,
 )
+from optimized_dataloader import patch_grid
+from scene_folders import (
+    RGB_ENCODINGS,
+    SPLITS,
+    Scene,
+    cube_facts,
+    find_scenes,
+    is_intact,
+    save_array,
+    write_index,
+)
+from spectral_evaluation import contact_sheet
 from synthetic_scenes import EXPOSURE, WAVELENGTHS, synthetic_cube
 
+# Flags that the staged files depend on, and what a folder begun before a flag existed has.
+GRID = ("patch_size", "stride", "patch_grid")
+SETTINGS: tuple[str, ...] = (*GRID, "dtype", "scale", "cube_key", "axes", "render_rgb")
+SETTINGS += ("rgb_encoding", "camera", "seed", "val_fraction", "split_seed")
+OLD_SETTINGS = {"rgb_encoding": "linear"}
+SPARE_BYTES = 10_000_000  # for index and pictures
 
-def _write_synthetic_scene(job: tuple[Path, str, int, bool], settings: dict) -> None:
-    root, name, number, test = job
-    rng = np.random.default_rng([settings["seed"], number])
-    cube = synthetic_cube(rng, *settings["size"])
-    response = camera_response(settings["camera"], WAVELENGTHS)
-    jpeg = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])[1]
-    if not test:
-        mat = arad_mat(cube, WAVELENGTHS)
-        atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
-    atomic_write(
-        root / ("Test_RGB" if test else "Train_RGB") / f"{name}.jpg", lambda file: file.write(jpeg)
-    )
+Job = tuple[str, Scene]  # a scene and its split
+
+
+# --- synthetic raw scenes
 
 
 def make_synthetic(args: argparse.Namespace) -> None:
-    """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two test images."""
-    root, n, (h, w) = Path(args.output_root), args.synthetic, args.size
+    """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two
+    test images."""
+    root, count = Path(args.output_root), args.synthetic
+    height, width = args.size
     exposure = None if args.exposure == "auto" else args.exposure or EXPOSURE
-    settings = {
-        "scenes": n,
-        "size": [h, w],
-        "seed": args.seed,
-        "camera": args.camera,
-        "exposure": exposure,
-    }
-    if n < 2 or min(h, w) < max(64, args.patch_size):
+    if count < 2 or min(height, width) < max(64, args.patch_size):
         raise UserError(
-            f"--synthetic {n} --size {h}x{w}: give 2 or more scenes, of 64 and --patch-size or more pixels a side"
+            f"--synthetic {count} --size {height}x{width}: give 2 or more scenes, of 64 and "
+            "--patch-size or more pixels a side"
         )
-    camera_response(
-        args.camera, WAVELENGTHS
-    )  # complain about the camera before anything is written
-    claim(root, root / "synthetic.json", settings, n * h * w * 31 * 4)
-    names, train = [f"synthetic_{i + 1:04d}" for i in range(n + 2)], n - max(1, round(n / 5))
-    for part, listed in (("train", names[:train]), ("valid", names[train:n])):
-        text = "\n".join([*listed, ""]).encode()
-        atomic_write(
-            root / "split_txt" / f"{part}_list.txt", lambda file, text=text: file.write(text)
-        )
-    jobs = [(root, name, i, i >= n) for i, name in enumerate(names)]
-    list(
-        run_jobs(
-            partial(_write_synthetic_scene, settings=settings),
-            jobs,
-            args.workers,
-            "synthetic scenes",
-        )
-    )
+    camera_response(args.camera, WAVELENGTHS)  # complains of the camera before anything is written
+    settings = {"scenes": count, "size": [height, width], "seed": args.seed}
+    settings |= {"camera": args.camera, "exposure": exposure}
+    claim(root, root / "synthetic.json", settings, count * height * width * 31 * 4)
+    names = [f"synthetic_{i + 1:04d}" for i in range(count + 2)]
+    train = count - max(1, round(count / 5))
+    for part, listed in (("train", names[:train]), ("valid", names[train:count])):
+        write_text(root / "split_txt" / f"{part}_list.txt", "\n".join([*listed, ""]))
+    jobs = [(name, number, number >= count) for number, name in enumerate(names)]
+    work = partial(_write_synthetic_scene, root=root, settings=settings)
+    list(run_jobs(work, jobs, args.workers, "synthetic scenes"))
     print(
-        f"{root}: {train} training and {n - train} validation scenes of {h} x {w} x 31, 2 test images; stage with --arad-root"
+        f"{root}: {train} training and {count - train} validation scenes of {height} x {width} "
+        "x 31, 2 test images; stage with --arad-root"
     )
+
+
+def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dict) -> None:
+    """Cube and photo of a scene, the photo alone of a test image."""
+    name, number, test = job
+    rng = np.random.default_rng([settings["seed"], number])
+    height, width = settings["size"]
+    cube = synthetic_cube(rng, height, width)
+    response = camera_response(settings["camera"], WAVELENGTHS)
+    _, jpeg = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    if not test:
+        mat = arad_mat(cube, WAVELENGTHS)
+        atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
+    folder = root / ("Test_RGB" if test else "Train_RGB")
+    atomic_write(folder / f"{name}.jpg", lambda file: file.write(jpeg))
+
+
+# --- the scenes of a source
 
 
 def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -105,152 +133,256 @@ def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     return names
 
 
-def collect_scenes(args: argparse.Namespace) -> list[tuple[str, data.Scene]]:
-    """(split, scene) of the source, by its list files where it has them, else --val-fraction drawn with --split-seed."""
-    root, listed = Path(args.arad_root or args.cave_root or args.cubes), False
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give the folder of the data set")
-    if args.arad_root:
-        splits = data.find_scenes(root)
-        listed = (root / "split_txt" / "valid_list.txt").exists()
-    else:  # CAVE: <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and <scene>_RGB.bmp
-        cubes = _by_name(
-            (p.stem.removesuffix("_ms"), p)
-            for p in root.iterdir()
-            if p.suffix.lower() in CUBE_SUFFIXES or (p.is_dir() and any(p.rglob("*_01.png")))
-        )
-        images = _by_name(
-            (p.stem.lower().removesuffix("_rgb"), p)
-            for p in root.rglob("*")
-            if p.suffix.lower() in RGB_SUFFIXES
-        )
-        splits = {
-            "train": [
-                data.Scene(name, cubes[name], images.get(name.lower())) for name in sorted(cubes)
-            ]
-        }
-    if listed and args.val_fraction is not None:
-        raise UserError(
-            f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; leave it out"
-        )
-    if not listed:
-        scenes, share = splits["train"], 0.1 if args.val_fraction is None else args.val_fraction
-        count = int(
-            np.clip(round(share * len(scenes)), share > 0, max(len(scenes) - 1, 0))
-        )  # at least one of each
-        drawn = set(
-            np.random.default_rng(args.split_seed).permutation(len(scenes))[:count].tolist()
-        )
-        splits |= {
-            split: [s for i, s in enumerate(scenes) if (i in drawn) == (split == "val")]
-            for split in ("train", "val")
-        }
-    jobs = [(split, scene) for split in ("train", "val", "test") for scene in splits.get(split, ())]
-    if not jobs or jobs[0][0] == "test":
-        raise UserError(
-            f"{root}: no scenes in it; see dataset_setup.py --help for the layouts that are known"
-        )
-    return jobs
+def _scenes_of_folder(root: Path) -> list[Scene]:
+    """Cubes and, by name, their images. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second
+    folder of that name, and <scene>_RGB.bmp."""
+    cubes, images = [], []
+    for path in root.iterdir():
+        band_folder = path.is_dir() and any(path.rglob("*_01.png"))
+        if band_folder or path.suffix.lower() in CUBE_SUFFIXES:
+            cubes.append((path.stem.removesuffix("_ms"), path))
+    for path in root.rglob("*"):
+        if path.suffix.lower() in RGB_SUFFIXES:
+            images.append((path.stem.lower().removesuffix("_rgb"), path))
+    cube_of, image_of = _by_name(cubes), _by_name(images)
+    return [Scene(name, cube_of[name], image_of.get(name.lower())) for name in sorted(cube_of)]
 
 
-def resolve_settings(args: argparse.Namespace, jobs: list[tuple[str, data.Scene]]) -> dict:
-    """What the staged files depend on; bands and wavelengths as in the first scene (--verify-only: the first readable)."""
-    names = (
-        "patch_size",
-        "stride",
-        "patch_grid",
-        "dtype",
-        "scale",
-        "cube_key",
-        "axes",
-        "render_rgb",
-        "camera",
-        "seed",
-        "val_fraction",
-        "split_seed",
-    )
-    settings = {name: getattr(args, name) for name in names}
-    cubes = [scene for _, scene in jobs if scene.cube_path]
-    for scene in cubes:
-        try:
-            shape = read_rgb(scene.rgb_path).shape if scene.rgb_path else None
-            bands = read_cube(
-                scene.cube_path, key=args.cube_key, axes=args.axes, rgb_shape=shape
-            ).shape[2]
-            break
-        except UserError:
-            if not args.verify_only or scene == cubes[-1]:
-                raise
-    nm = (
-        np.linspace(*args.wavelengths, bands).tolist()
-        if args.wavelengths
-        else read_wavelengths(scene.cube_path)
-    )
-    if nm is None and bands == len(FIELD_BANDS):
-        nm = FIELD_BANDS
-        print(
-            f"{scene.cube_path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths",
-            flush=True,
-        )
-    if nm is None or len(nm) != bands:
-        raise UserError(
-            f"{scene.cube_path}: {bands} bands of unknown wavelengths; give --wavelengths FIRST LAST in nm"
-        )
-    if args.render_rgb:
-        camera_response(args.camera, nm)  # complain about the camera now
-    return settings | {
-        "exposure": None if args.exposure == "auto" else args.exposure,
-        "bands": bands,
-        "wavelengths": nm,
+def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, list[Scene]]:
+    """The scenes in two splits, at least one in each where there are two and share is above 0."""
+    most = max(len(scenes) - 1, 0)
+    least = 1 if share > 0 else 0
+    count = int(np.clip(round(share * len(scenes)), least, most))
+    drawn = set(np.random.default_rng(seed).permutation(len(scenes))[:count].tolist())
+    return {
+        "train": [scene for number, scene in enumerate(scenes) if number not in drawn],
+        "val": [scene for number, scene in enumerate(scenes) if number in drawn],
     }
 
 
-def check_files(scene: data.Scene, render: str | None) -> None:
+def collect_scenes(args: argparse.Namespace) -> list[Job]:
+    """The scenes of the source: by its list files where it has them, else --val-fraction drawn with
+    --split-seed."""
+    root = Path(args.arad_root or args.cave_root or args.cubes)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder of the data set")
+    splits = find_scenes(root) if args.arad_root else {"train": _scenes_of_folder(root)}
+    listed = bool(args.arad_root) and (root / "split_txt" / "valid_list.txt").exists()
+    if listed and args.val_fraction is not None:
+        raise UserError(
+            f"--val-fraction: {root / 'split_txt'} lists the splits, and the lists are used; "
+            "leave it out"
+        )
+    if not listed:
+        share = 0.1 if args.val_fraction is None else args.val_fraction
+        splits |= _draw_validation(splits["train"], share, args.split_seed)
+    jobs = []
+    for split in SPLITS:
+        jobs += [(split, scene) for scene in splits.get(split, ())]
+    if not jobs or jobs[0][0] == "test":
+        raise UserError(f"{root}: no scenes in it; dataset_setup.py --help shows known layouts")
+    return jobs
+
+
+# --- settings
+
+
+def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any]:
+    """What the staged files depend on; bands and wavelengths as in the first scene (with
+    --verify-only the first that is readable)."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    path, bands = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
+    nm = _wavelengths(args, path, bands)
+    if args.render_rgb:
+        camera_response(args.camera, nm)  # complains of the camera now
+    exposure = None if args.exposure == "auto" else args.exposure
+    return settings | {"exposure": exposure, "bands": bands, "wavelengths": nm}
+
+
+def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, int]:
+    """Path and band count of the first cube that can be read; only --verify-only goes past one that
+    cannot."""
+    for scene in scenes:
+        assert scene.cube_path is not None
+        try:
+            shape = read_rgb(scene.rgb_path).shape if scene.rgb_path else None
+            how = {"key": args.cube_key, "axes": args.axes, "rgb_shape": shape}
+            return scene.cube_path, read_cube(scene.cube_path, **how).shape[2]
+        except UserError:
+            if not args.verify_only or scene == scenes[-1]:
+                raise
+    raise UserError("no cubes among the scenes; give a folder that has some")
+
+
+def _wavelengths(args: argparse.Namespace, path: Path, bands: int) -> list[float]:
+    """Band centres in nm: as given, as the file says, or aloud the field's."""
+    if args.wavelengths:
+        first, last = args.wavelengths
+        return np.linspace(first, last, bands).tolist()
+    nm = read_wavelengths(path)
+    if nm is None and bands == len(FIELD_BANDS):
+        print(
+            f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths",
+            flush=True,
+        )
+        return FIELD_BANDS
+    if nm is None or len(nm) != bands:
+        raise UserError(
+            f"{path}: {bands} bands of unknown wavelengths; give --wavelengths FIRST LAST in nm"
+        )
+    return nm
+
+
+def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
+    """Take the output folder if it is new, empty, or was begun with these settings (kept in
+    `path`), and `needed` bytes fit."""
+    if path.exists():
+        old = OLD_SETTINGS | read_json(path)
+        for name, value in settings.items():
+            if old.get(name) != value:
+                raise UserError(
+                    f"{root}: has {name} {old.get(name)}, not {value}; remove it or give another "
+                    "--output-root"
+                )
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(
+            f"{root}: exists and holds other things; give a new or empty folder as --output-root"
+        )
+    there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    print(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", flush=True)
+    if needed + SPARE_BYTES > free:
+        raise UserError(
+            f"{root}: {needed / 1e9:.2f} GB do not fit in {free / 1e9:.2f} GB; make room or change "
+            "--output-root"
+        )
+    write_json(path, settings)
+
+
+# --- one scene
+
+
+def check_files(scene: Scene, render: str | None) -> None:
     """The files of a scene are there, before anything is written."""
     if scene.cube_path and not scene.cube_path.exists():
         raise UserError(
-            f"{scene.cube_path}: no such file, though {scene.name} is listed; add it or mend the list"
+            f"{scene.cube_path}: no such file, though {scene.name} is listed; add it or mend the "
+            "list"
         )
     if scene.rgb_path is None and not render:
         raise UserError(
-            f"{scene.cube_path}: scene {scene.name} has no RGB image; add it, or render it with --render-rgb"
+            f"{scene.cube_path}: scene {scene.name} has no RGB image; add it, or render it with "
+            "--render-rgb"
         )
 
 
-def load_scene(scene: data.Scene, settings: dict) -> tuple[np.ndarray | None, np.ndarray]:
-    """Cube (H, W, bands) float32, scaled but not judged, and RGB, rendered where the settings ask for it."""
+def is_rendered(scene: Scene, settings: dict[str, Any]) -> bool:
+    """Whether the photo of a scene is made here."""
+    return bool(scene.cube_path) and (settings["render_rgb"] == "all" or scene.rgb_path is None)
+
+
+def load_scene(scene: Scene, settings: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
+    """Cube (H, W, bands) float32, scaled but not judged, and RGB (H, W, 3), rendered where the
+    settings ask for it."""
     check_files(scene, settings["render_rgb"])
-    rendered = scene.cube_path and (settings["render_rgb"] == "all" or scene.rgb_path is None)
-    rgb = None if rendered else read_rgb(scene.rgb_path)
+    rgb = None
+    if not is_rendered(scene, settings) and scene.rgb_path:
+        rgb = read_rgb(scene.rgb_path)
     if scene.cube_path is None:
+        assert rgb is not None  # a scene has one or the other
         return None, rgb
-    how = {"key": settings["cube_key"], "axes": settings["axes"], "bands": settings["bands"]}
     cube = read_cube(
-        scene.cube_path, rgb_shape=None if rgb is None else rgb.shape, **how
-    ) / np.float32(settings["scale"])
-    check_wavelengths(
-        read_wavelengths(scene.cube_path) or settings["wavelengths"],
-        settings["wavelengths"],
         scene.cube_path,
+        key=settings["cube_key"],
+        axes=settings["axes"],
+        bands=settings["bands"],
+        rgb_shape=None if rgb is None else rgb.shape,
     )
+    cube = cube / np.float32(settings["scale"])
+    nm = read_wavelengths(scene.cube_path)
+    if nm is not None:
+        check_wavelengths(nm, settings["wavelengths"], scene.cube_path)
     if rgb is None:
-        rng = np.random.default_rng([settings["seed"], *scene.name.encode()])
-        response = camera_response(settings["camera"], settings["wavelengths"])
-        rgb = render_rgb(np.nan_to_num(cube), response, rng=rng, exposure=settings["exposure"])[0]
+        rgb = _render(cube, scene.name, settings)
     return cube, rgb
 
 
-def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
-    """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a progress bar; an error ends it."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(jobs) or 1), context, signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+def _render(cube: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray:
+    if settings["rgb_encoding"] != "linear":
+        raise UserError(
+            f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and rendered "
+            "photos are linear; leave it out"
+        )
+    rng = np.random.default_rng([settings["seed"], *name.encode()])
+    response = camera_response(settings["camera"], settings["wavelengths"])
+    cube = np.nan_to_num(cube)
+    rgb, _ = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    return rgb
+
+
+def _grid(shape: tuple[int, ...], settings: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Offsets of the patches of a frame (H, W, ...)."""
+    patch, stride, mode = (settings[name] for name in GRID)
+    return patch_grid(shape[0], shape[1], patch, stride, mode)
+
+
+def _source(scene: Scene) -> list[list]:
+    """Names, sizes and times of the raw files, to notice a changed one."""
+    files = [path for path in (scene.cube_path, scene.rgb_path) if path]
+    if scene.cube_path and scene.cube_path.suffix == ".hdr":
+        files += envi_files(scene.cube_path)
+    elif scene.cube_path and scene.cube_path.is_dir():
+        files += sorted(scene.cube_path.rglob("*.png"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
+    """Write one scene's .npy files and, last, its record <scene>.json, which becomes its entry in
+    index.json."""
+    split, scene = job
+    cube, rgb = load_scene(scene, settings)
+    entry: dict[str, Any] = {
+        "name": scene.name,
+        "shape": rgb.shape[:2],
+        "source": _source(scene),
+        "rgb": f"{split}/{scene.name}.rgb.npy",
+        "rgb_dtype": str(rgb.dtype),
+        "rendered": is_rendered(scene, settings),
+        "rgb_range": [rgb.min(), rgb.max()],
+        "rgb_mean": rgb.mean((0, 1)),
+        "rgb_std": rgb.std((0, 1)),
+    }
+    if cube is not None:
+        assert scene.cube_path is not None
+        check_cube(cube, scene.cube_path)
+        # What is measured against is never rounded.
+        dtype = settings["dtype"] if split == "train" else "float32"
+        rows, columns = _grid(cube.shape, settings)
+        entry |= cube_facts(cube, (len(rows), len(columns)))
+        entry |= {"dtype": dtype, "cube": f"{split}/{scene.name}.cube.npy"}
+        entry["cube_sha256"] = save_array(root / entry["cube"], np.ascontiguousarray(cube, dtype))
+    entry["rgb_sha256"] = save_array(root / entry["rgb"], rgb)
+    write_json(root / split / f"{scene.name}.json", entry)
+
+
+# --- the folder
+
+
+def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[Any]:
+    """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a
+    progress bar; an error ends it."""
+    methods = multiprocessing.get_all_start_methods()
+    fork = sys.platform == "linux" and "fork" in methods  # where it is safe: it starts faster
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    processes = min(workers, len(jobs) or 1)
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(processes, context, signal.signal, ignore) as pool:
         futures = [pool.submit(work, job) for job in jobs]
+        done = tqdm(
+            as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs
+        )
         try:
-            for future in tqdm(
-                as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs
-            ):
+            for future in done:
                 yield future.result()
         except BrokenExecutor:
             raise UserError(
@@ -260,192 +392,49 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator:
             pool.shutdown(cancel_futures=True)
 
 
-def claim(root: Path, path: Path, settings: dict, needed: int) -> None:
-    """Take the output folder if it is new, empty, or was begun with these settings (kept in `path`), and `needed` bytes fit."""
-    old = read_json(path) if path.exists() else settings
-    for name in (name for name, value in settings.items() if old.get(name) != value):
-        raise UserError(
-            f"{root}: has {name} {old.get(name)}, not {settings[name]}; remove it or give another --output-root"
-        )
-    if not path.exists() and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(
-            f"{root}: exists and holds other things; give a new or empty folder as --output-root"
-        )
-    free = shutil.disk_usage(
-        next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-    ).free
-    print(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", flush=True)
-    if needed + 1e7 > free:  # 10 MB for index and pictures
-        raise UserError(
-            f"{root}: {needed / 1e9:.2f} GB do not fit in {free / 1e9:.2f} GB; make room or change --output-root"
-        )
-    write_json(path, settings)
-
-
-def _save(path: Path, array: np.ndarray) -> str:
-    memory = io.BytesIO()
-    np.save(memory, array)
-    atomic_write(path, lambda file: file.write(memory.getbuffer()))
-    return hashlib.sha256(memory.getbuffer()).hexdigest()
-
-
-def _source(scene: data.Scene) -> list:
-    """Names, sizes and times of the raw files, to notice a changed one."""
-    files = [p for p in (scene.cube_path, scene.rgb_path) if p]
-    if scene.cube_path and scene.cube_path.suffix == ".hdr":  # ENVI's data lie beside its header
-        files += sorted(scene.cube_path.parent.glob(f"{scene.cube_path.stem}.*"))
-    elif scene.cube_path and scene.cube_path.is_dir():
-        files += sorted(scene.cube_path.rglob("*.png"))
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-
-
-def stage_scene(job: tuple[str, data.Scene], root: Path, settings: dict) -> None:
-    """Write one scene's .npy files and, last, its record `<scene>.json`, which becomes its entry in index.json."""
-    split, scene = job
-    cube, rgb = load_scene(scene, settings)
-    entry = {
-        "name": scene.name,
-        "shape": rgb.shape[:2],
-        "rgb": f"{split}/{scene.name}.rgb.npy",
-        "source": _source(scene),
-        "rgb_range": [rgb.min(), rgb.max()],
-        "rgb_mean": rgb.mean((0, 1)),
-        "rgb_std": rgb.std((0, 1)),
-    }
-    if cube is not None:
-        check_cube(cube, scene.cube_path)
-        rows, cols = data.patch_grid(
-            *cube.shape[:2], *(settings[k] for k in ("patch_size", "stride", "patch_grid"))
-        )
-        dtype = (
-            settings["dtype"] if split == "train" else "float32"
-        )  # what is measured against is never rounded
-        entry |= {
-            "shape": list(cube.shape),
-            "dtype": dtype,
-            "cube": f"{split}/{scene.name}.cube.npy",
-            "range": [cube.min(), cube.max()],
-            "min": cube.min((0, 1)),
-            "max": cube.max((0, 1)),
-            "mean": cube.mean((0, 1), np.float64),
-            "std": cube.std((0, 1), np.float64),
-            "zeros": np.mean(cube == 0),
-            "grid": [len(rows), len(cols)],
-            "patches": len(rows) * len(cols),
-        }
-        entry["cube_sha256"] = _save(root / entry["cube"], np.ascontiguousarray(cube, dtype))
-    entry["rgb_sha256"] = _save(root / entry["rgb"], rgb)
-    write_json(root / split / f"{scene.name}.json", entry)
-
-
-def write_index(root: Path, splits: dict[str, list[dict]], settings: dict) -> dict:
-    """index.json: what the loaders need, and the statistics of the training scenes pooled over pixels."""
-    train = splits["train"] or splits["val"]
-    pixels = [entry["shape"][0] * entry["shape"][1] for entry in train]
-    statistics = {
-        name: f([e[name] for e in train], axis=0) for name, f in (("min", np.min), ("max", np.max))
-    }
-    for kind in ("", "rgb_"):
-        means, stds = (
-            np.array([entry[kind + name] for entry in train]) for name in ("mean", "std")
-        )
-        mean, square = (np.average(x, axis=0, weights=pixels) for x in (means, stds**2 + means**2))
-        statistics |= {f"{kind}mean": mean, f"{kind}std": np.sqrt(np.maximum(square - mean**2, 0))}
-    facts = {
-        "rgb": "uint8; rgb_range: of the whole frame, for per_image",
-        "cube": f"raw values / {settings['scale']:g}",
-    }
-    index = {
-        "format": "hsi-staged",
-        "version": 1,
-        "bands": settings["bands"],
-        "wavelengths": settings["wavelengths"],
-        "settings": settings,
-        "splits": splits,
-        "statistics": statistics,
-        "normalisation": facts,
-    }
-    write_json(root / "index.json", index)
-    return index
-
-
-def contact_sheet(root: Path, index: dict, most: int = 12) -> None:
-    """contact_sheet.png: RGB, cube rendered, three bands and mean spectra of some scenes. A wrong transpose shows."""
-    from matplotlib.figure import Figure  # takes a second to import
-
-    scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
-    scenes = [
-        scenes[i] for i in np.linspace(0, len(scenes) - 1, min(most, len(scenes))).astype(int)
-    ]
-    bands = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
-    figure = Figure(figsize=(13, 2.1 * len(scenes)), layout="constrained", dpi=70)
-    for row, entry in zip(figure.subplots(len(scenes), 6, squeeze=False), scenes, strict=True):
-        step = max(max(entry["shape"]) // 256, 1)
-        rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
-        cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
-        pictures = {
-            entry["name"]: rgb,
-            "cube": cube_to_srgb(cube, nm),
-            **{f"{nm[i]:.0f} nm": cube[..., i] for i in bands},
-        }
-        for axis, (title, picture) in zip(row, pictures.items(), strict=False):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=float(cube.max()))
-            axis.set(title=title, xticks=[], yticks=[])
-        row[5].plot(
-            nm, cube[: len(cube) // 2].mean((0, 1)), nm, cube[len(cube) // 2 :].mean((0, 1))
-        )
-        row[5].legend(["top half", "bottom half"], fontsize=6)
-    atomic_write(root / "contact_sheet.png", lambda file: figure.savefig(file, format="png"))
-
-
-def _bytes_needed(job: tuple[str, data.Scene], settings: dict) -> int:
+def _bytes_needed(job: Job, settings: dict[str, Any]) -> int:
     """Bytes on disk of one staged scene; an error when no patch fits into it."""
     split, scene = job
-    h, w = (read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings)[1]).shape[
-        :2
-    ]
+    rgb = read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings)[1]
+    height, width = rgb.shape[:2]
+    value = 0
     if split != "test":
-        data.patch_grid(h, w, settings["patch_size"], settings["stride"])
-    return (
-        h
-        * w
-        * (
-            3
-            + settings["bands"]
-            * {"train": np.dtype(settings["dtype"]).itemsize, "val": 4, "test": 0}[split]
-        )
-    )
+        _grid(rgb.shape, settings)
+        value = np.dtype(settings["dtype"] if split == "train" else "float32").itemsize
+    return rgb.nbytes + height * width * settings["bands"] * value
 
 
-def _is_done(root: Path, split: str, scene: data.Scene) -> bool:
-    """An earlier run wrote this scene, from the same raw files, and its own files are as it left them."""
+def _is_done(root: Path, split: str, scene: Scene) -> bool:
+    """An earlier run wrote this scene, from the same raw files, and its own files are as it left
+    them."""
     path = root / split / f"{scene.name}.json"
-    entry = read_json(path) if path.exists() else {"source": None}
-    files = [
-        (root / entry[kind], entry[f"{kind}_sha256"]) for kind in ("cube", "rgb") if kind in entry
-    ]
-    return entry["source"] == _source(scene) and all(
-        file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == checksum
-        for file, checksum in files
-    )
+    if not path.exists():
+        return False
+    entry = read_json(path)
+    if entry["source"] != _source(scene):
+        return False
+    return is_intact(root, entry)
 
 
 def stage(args: argparse.Namespace) -> None:
-    """Raw data set -> staged folder. Scenes that are done are kept, so that a stopped run carries on."""
+    """Raw data set -> staged folder. Scenes that are done are kept, so that a stopped run carries
+    on."""
     root, jobs = Path(args.output_root), collect_scenes(args)
     for _, scene in jobs:
         check_files(scene, args.render_rgb)
     settings = resolve_settings(args, jobs)
-    left = [job for job in jobs if not _is_done(root, *job)]
-    sizes = list(run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes"))
+    left = [(split, scene) for split, scene in jobs if not _is_done(root, split, scene)]
+    sizes = run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes")
     claim(root, root / "settings.json", settings, sum(sizes))
-    records = {
-        split: [root / split / f"{s.name}.json" for k, s in jobs if k == split]
-        for split in ("train", "val", "test")
-    }
-    if strange := {*root.glob("*/*.json")} - {path for paths in records.values() for path in paths}:
+    records: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for split, scene in jobs:
+        records[split].append(root / split / f"{scene.name}.json")
+    expected = {path for paths in records.values() for path in paths}
+    strange = set(root.glob("*/*.json")) - expected
+    if strange:
         raise UserError(
-            f"{min(strange)}: a scene that the source lacks; remove {root} or give another --output-root"
+            f"{min(strange)}: a scene that the source lacks; remove {root} or give another "
+            "--output-root"
         )
     if left:
         (root / "index.json").unlink(missing_ok=True)  # it speaks of files that will change
@@ -453,22 +442,37 @@ def stage(args: argparse.Namespace) -> None:
         run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging")
     )
     splits = {split: [read_json(path) for path in paths] for split, paths in records.items()}
-    contact_sheet(root, write_index(root, splits, settings))
+    index = write_index(root, splits, settings, _source_camera(args))
+    contact_sheet(root, index)
+    counts = ", ".join(f"{len(entries)} {split}" for split, entries in splits.items())
+    patches = sum(entry["patches"] for entry in splits["train"])
     print(
-        f"{root}: {', '.join(f'{len(v)} {k}' for k, v in splits.items())} scenes ({len(jobs) - len(left)} were there), "
-        f"{sum(e['patches'] for e in splits['train'])} training patches; look at {root / 'contact_sheet.png'}"
+        f"{root}: {counts} scenes ({len(jobs) - len(left)} were there), {patches} training "
+        f"patches; look at {root / 'contact_sheet.png'}"
     )
 
 
-def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
+def _source_camera(args: argparse.Namespace) -> str | None:
+    """The camera of photos that came with a synthetic raw folder."""
+    facts = Path(args.arad_root or ".") / "synthetic.json"
+    return read_json(facts).get("camera") if args.arad_root and facts.exists() else None
+
+
+# --- verification
+
+
+def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
     """One row of the table."""
-    row = f"{job[0]:5s} {job[1].name:24s}"
+    split, scene = job
+    row = f"{split:5s} {scene.name:24s}"
     try:
-        cube, rgb = load_scene(job[1], settings)
-        row += f" {' x '.join(map(str, (rgb if cube is None else cube).shape))}"
+        cube, rgb = load_scene(scene, settings)
+        shape = rgb.shape if cube is None else cube.shape
+        row += f" {' x '.join(map(str, shape))}"
         if cube is not None:
-            row += f"  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}  zeros {np.mean(cube == 0):.3%}  NaN {np.isnan(cube).sum()}"
-            check_cube(cube, job[1].cube_path)
+            row += f"  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}"
+            row += f"  zeros {np.mean(cube == 0):.3%}  NaN {np.isnan(cube).sum()}"
+            check_cube(cube, scene.cube_path or scene.name)
     except UserError as error:
         row += f"  PROBLEM {error}"
     return row
@@ -477,130 +481,111 @@ def inspect_scene(job: tuple[str, data.Scene], settings: dict) -> str:
 def verify(args: argparse.Namespace) -> int:
     """Open every scene, print a table, write nothing. -> exit code."""
     jobs = collect_scenes(args)
-    rows = sorted(
-        run_jobs(
-            partial(inspect_scene, settings=resolve_settings(args, jobs)),
-            jobs,
-            args.workers,
-            "verifying",
-        )
-    )
+    work = partial(inspect_scene, settings=resolve_settings(args, jobs))
+    rows = sorted(run_jobs(work, jobs, args.workers, "verifying"))
     problems = sum("  PROBLEM " in row for row in rows)
     print(*rows, f"{len(rows)} scenes, {problems} with problems", sep="\n")
-    return int(problems > 0)
+    return 1 if problems else 0
 
 
-def main(argv: list[str] | None = None) -> int | None:
-    parser = common.CliParser(description=__doc__)
+# --- command line
+
+
+def _frame_size(text: str) -> tuple[int, int]:
+    """256 or 256x320 -> (height, width)."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def _exposure(text: str) -> str | float:
+    return text if text == "auto" else float(text)
+
+
+def _add_source_flags(parser: CliParser) -> None:
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--arad-root",
-        metavar="DIR",
-        help="ARAD-1K layout: Train_Spec, Train_RGB, Test_RGB, split_txt",
-    )
-    source.add_argument(
-        "--cave-root", metavar="DIR", help="CAVE layout: a folder of band images for each scene"
-    )
-    source.add_argument(
-        "--cubes",
-        metavar="DIR",
-        help="cubes (.mat .npy .npz .hdr), each with its RGB of the same name",
-    )
-    source.add_argument(
-        "--synthetic",
-        type=int,
-        metavar="N",
-        help="make N raw scenes, to be staged with --arad-root",
-    )
+    add = partial(source.add_argument, metavar="DIR")
+    add("--arad-root", help="ARAD-1K layout: Train_Spec, Train_RGB, Test_RGB, split_txt")
+    add("--cave-root", help="CAVE layout: a folder of band images for each scene")
+    add("--cubes", help="cubes (.mat .npy .npz .hdr), each with its RGB of the same name")
+    synthetic = "make N raw scenes, to be staged with --arad-root"
+    source.add_argument("--synthetic", type=int, metavar="N", help=synthetic)
+
+
+def _add_staging_flags(parser: CliParser) -> None:
     add = parser.add_argument
+    on_off = argparse.BooleanOptionalAction
     add("--output-root", metavar="DIR", help="the folder to write")
-    add(
-        "--verify-only",
-        action="store_true",
-        help="open everything, print a table; exit code 1 with any problem",
-    )
+    verify_help = "open everything, print a table; exit code 1 with any problem"
+    add("--verify-only", action=on_off, default=False, help=verify_help)
     add("--patch-size", type=int, default=128, help="side of a training patch")
     add("--stride", type=int, default=8, help="distance of patches")
-    add(
-        "--patch-grid",
-        choices=("floor", "cover"),
-        default="floor",
-        help="MST++'s grid, or one to the border too",
-    )
-    add(
-        "--dtype",
-        choices=("float16", "float32"),
-        default="float16",
-        help="of training cubes; the others are float32",
-    )
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="parallel processes")
-    add(
-        "--val-fraction",
-        type=float,
-        help="share for validation where there are no lists; 0.1 unless given",
-    )
+    grid_help = "MST++'s grid, or one to the border too"
+    add("--patch-grid", choices=("floor", "cover"), default="floor", help=grid_help)
+    dtype_help = "of training cubes; the others are float32"
+    add("--dtype", choices=("float16", "float32"), default="float16", help=dtype_help)
+    workers = min(8, os.cpu_count() or 1)
+    add("--workers", type=int, default=workers, help="parallel processes")
+    fraction_help = "share for validation where there are no lists; 0.1 unless given"
+    add("--val-fraction", type=float, help=fraction_help)
     add("--split-seed", type=int, default=0, help="seed of that draw")
     add("--scale", type=float, default=1.0, help="the stored value that means 1")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
-    add(
-        "--wavelengths",
-        type=float,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="nm, where the files do not say",
+    nm_help = "nm, where the files do not say"
+    add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help=nm_help)
+
+
+def _add_photo_flags(parser: CliParser) -> None:
+    add = parser.add_argument
+    which = ("missing", "all")
+    render_help = "render the missing images, or all"
+    add("--render-rgb", nargs="?", const="missing", choices=which, help=render_help)
+    encoding_help = "how the photos' light is encoded: NTIRE's are linear, most others srgb"
+    add("--rgb-encoding", choices=RGB_ENCODINGS, default="linear", help=encoding_help)
+    camera_help = f"{', '.join(CAMERAS)}, or a CSV file with rows nm,r,g,b"
+    add("--camera", default="analytic", help=camera_help)
+    exposure_help = (
+        f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for "
+        "--render-rgb)"
     )
-    add(
-        "--render-rgb",
-        nargs="?",
-        const="missing",
-        choices=("missing", "all"),
-        help="render the missing images, or all",
-    )
-    add(
-        "--camera",
-        default="analytic",
-        help=f"{', '.join(CAMERAS)}, or a CSV file with rows nm,r,g,b",
-    )
-    add(
-        "--exposure",
-        type=lambda text: text if text == "auto" else float(text),
-        help=f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for --render-rgb)",
-    )
+    add("--exposure", type=_exposure, help=exposure_help)
     add("--seed", type=int, default=0, help="seed of scenes and camera noise")
-    add(
-        "--size",
-        type=lambda text: tuple(map(int, f"{text}x{text}".split("x")[:2])),
-        default="256x256",
-        help="synthetic H x W",
-    )
+    add("--size", type=_frame_size, default="256x256", help="synthetic H x W")
+
+
+def _check_range(args: argparse.Namespace, name: str, low: float, high: float = 1e9) -> None:
+    value = getattr(args, name)
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} {value}: give a number from {low:g} to {high:g}")
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    parser = CliParser(description=__doc__)
+    _add_source_flags(parser)
+    _add_staging_flags(parser)
+    _add_photo_flags(parser)
     args = parser.parse_args(argv)
-    lows = {
-        "patch_size": 1,
-        "stride": 1,
-        "workers": 1,
-        "scale": 1e-9,
-        "exposure": 1e-9,
-        "seed": 0,
-        "split_seed": 0,
-    }
-    for name, low in (lows | {"val_fraction": 0}).items():
-        value, high = getattr(args, name), 1 if name == "val_fraction" else 1e9
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: give a number from {low:g} to {high:g}"
-            )
-    if args.verify_only and args.synthetic is None:
+    for name in ("patch_size", "stride", "workers"):
+        _check_range(args, name, 1)
+    for name in ("scale", "exposure"):
+        _check_range(args, name, 1e-9)
+    for name in ("seed", "split_seed"):
+        _check_range(args, name, 0)
+    _check_range(args, "val_fraction", 0, 1)
+    synthetic = args.synthetic is not None
+    if args.verify_only and not synthetic:
         return verify(args)
     if not args.output_root or args.verify_only:
-        raise UserError(
-            "--output-root: give the folder to write (and --verify-only another source than --synthetic)"
-        )
-    return make_synthetic(args) if args.synthetic is not None else stage(args)
+        raise UserError("--output-root: give the folder to write; --verify-only needs a source")
+    if synthetic:
+        make_synthetic(args)
+    else:
+        stage(args)
+    return None
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # through the finally that ends the workers
-    common.run_cli(main)
+    # Through the finally that ends the workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run_cli(main)

@@ -3,12 +3,17 @@
 One process (a laptop, or one GPU):
     python sharp_training_script_fixed.py --data_root data/staged --model_size tiny --epochs 20
 Four GPUs of one machine; --batch_size is per process:
-    python -m torch.distributed.run --nproc_per_node=4 sharp_training_script_fixed.py --data_root data/staged --memory_mode lazy
+    python -m torch.distributed.run --nproc_per_node=4 \\
+        sharp_training_script_fixed.py --data_root data/staged --memory_mode lazy
 Go on after a stop, a crash or a preemption, bit for bit on a CPU:
-    python sharp_training_script_fixed.py --data_root data/staged --model_size tiny --epochs 20 --resume_from auto
+    the same command and --resume_from auto
 
-A run lives in <output_dir>/<experiment_name>: config.json, last.ckpt, best.ckpt, best.safetensors, metrics.jsonl,
-summary.json and TensorBoard files. SIGTERM, SIGINT and SIGUSR1 finish the step, save, and exit with code 75.
+A run lives in <output_dir>/<experiment_name>: config.json, last.ckpt, best.ckpt, best.safetensors,
+metrics.jsonl, summary.json and TensorBoard files. SIGTERM, SIGINT and SIGUSR1 finish the step,
+save, and exit with code 75.
+
+On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLICY=PASSIVE): OpenMP's
+threads wait busily, and two trainers on two cores slow each other tenfold without it.
 """
 
 from __future__ import annotations
@@ -27,26 +32,36 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common_utils_v32 as common
-from common_utils_v32 import Ranks, RunFolder, RunLog, UserError, opt
+from common_utils_v32 import Ranks, UserError, opt
 from optimized_dataloader import (
     DataConfig,
     MSTPlusPlusLoss,
     create_optimized_dataloaders,
     prepare_batch,
 )
-from sharp_v322_hardened import SIZES, SHARPv32Config, SHARPv32Trainer, create_sharp_v32
-from spectral_evaluation import bootstrap_interval, mean_metrics, scene_figure, scene_metrics
+from sharp_v322_hardened import (
+    COMPILE_MODES,
+    SIZES,
+    SHARPv32,
+    SHARPv32Config,
+    SHARPv32Trainer,
+    create_sharp_v32,
+)
+from spectral_evaluation import scene_figure, scene_metrics, validation_record
+from training_runs import (
+    STOPPED,
+    RunFolder,
+    RunLog,
+    StopSignal,
+    check_resumed_data,
+    environment_record,
+    rng_state,
+    set_rng_state,
+)
 
 MODEL = "sharp"
-PROGRESS = (
-    "epoch",
-    "iteration",
-    "step",
-    "validated",
-    "best",
-    "best_metrics",
-    "metrics",
-)  # how far a run is
+# How far a run is: attributes of Run that a checkpoint keeps.
+PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")
 FIT_PIXELS = 2**18  # that the linear path is fitted on
 AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
 
@@ -95,6 +110,9 @@ class TrainConfig(DataConfig):
     compile_model: bool | None = opt(
         None, "torch.compile; by default on for CUDA, or with --compile_mode", group="speed"
     )
+    compile_mode: str | None = opt(
+        None, "mode of torch.compile; giving one turns it on", group="speed", choices=COMPILE_MODES
+    )
     use_channels_last: bool = opt(
         True, "weights of convolutions in channels_last memory", group="speed"
     )
@@ -122,130 +140,137 @@ class TrainConfig(DataConfig):
         super().__post_init__()
         self.data_root = self.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
         self.experiment_name = self.experiment_name or MODEL
-        positive = (
-            "epochs",
-            "batch_size",
-            "accumulate_steps",
-            "ema_update_every",
-            "val_interval",
-            "log_interval",
-            "lr",
-            "metric_floor",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("epochs", "batch_size", "accumulate_steps", "ema_update_every"):
+            self._check_positive(name)
+        for name in ("val_interval", "log_interval", "lr", "metric_floor"):
+            self._check_positive(name)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay {self.ema_decay}: must lie in [0, 1)")
         if not 0 <= self.eta_min <= self.lr:
             raise ValueError(f"--eta_min {self.eta_min}: must lie between 0 and --lr {self.lr}")
 
+    def _check_positive(self, name: str) -> None:
+        if getattr(self, name) <= 0:
+            raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
 
-# A field of the model that is not given keeps the size's value.
+
+# The model's fields are flags too; one that is not given keeps the size's value.
+NOT_FLAGS = ("in_channels", "out_channels", "compile_mode", "ema_update_every")
 Settings = dataclasses.make_dataclass(
     "Settings",
-    common.optional_fields(
-        SHARPv32Config, skip=("in_channels", "out_channels", "ema_update_every")
-    ),
+    common.optional_fields(SHARPv32Config, skip=NOT_FLAGS),
     bases=(TrainConfig,),
 )
 
 
 def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
-    """Linear warm-up from above 0, then a cosine to eta_min, where it stays. A pure function of the step."""
-    warmup = min(int(cfg.warmup_epochs * steps_per_epoch), cfg.epochs * steps_per_epoch // 2)
+    """Linear warm-up from above 0, then a cosine to eta_min, where it stays: a pure function of the
+    step."""
+    total = cfg.epochs * steps_per_epoch
+    warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 2)
     if step < warmup:
         return cfg.lr * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, cfg.epochs * steps_per_epoch - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return cfg.eta_min + 0.5 * (cfg.lr - cfg.eta_min) * (1 + math.cos(math.pi * progress))
 
 
 def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The autocast type, or None for float32."""
-    if not cfg.use_amp or (cfg.amp_dtype == "auto" and device.type == "cpu"):
+    if not cfg.use_amp:
         return None
-    if cfg.amp_dtype == "auto":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return torch.bfloat16 if cfg.amp_dtype == "bf16" else torch.float16
+    if cfg.amp_dtype == "bf16":
+        return torch.bfloat16
+    if cfg.amp_dtype == "fp16":
+        return torch.float16
+    if device.type == "cpu":  # auto: bfloat16 is slow there
+        return None
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
-def compile_in_place(network: nn.Module, cfg: Settings, device: torch.device) -> bool:
+def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device) -> bool:
     """Compile without changing the state dict's keys; True when it is on."""
-    wanted = (
-        cfg.compile_model
-        if cfg.compile_model is not None
-        else device.type == "cuda" or cfg.compile_mode is not None
-    )
-    if wanted and not common.find_compiler():
+    wanted = cfg.compile_model
+    if wanted is None:
+        wanted = device.type == "cuda" or cfg.compile_mode is not None
+    if not wanted:
+        return False
+    if not common.find_compiler():
         if cfg.compile_model:
             raise UserError(
                 "--compile_model needs a C++ compiler: install g++ or give --no-compile_model"
             )
         print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
         return False
-    if wanted:
-        network.compile(mode=cfg.compile_mode)
-    return wanted
+    network.compile(mode=cfg.compile_mode)
+    return True
 
 
 class Run:
     """One training run: what it trains, how far it is, and the loop."""
 
     def __init__(
-        self, cfg: Settings, ranks: Ranks, device: torch.device, folder: RunFolder
+        self, cfg: TrainConfig, ranks: Ranks, device: torch.device, folder: RunFolder
     ) -> None:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
-        self.stop, self.say = (
-            common.StopSignal(),
-            tqdm.write if ranks.is_main else lambda text: None,
-        )
+        self.stop = StopSignal()
         resume = folder.resume_path(cfg.resume_from)
         state = common.read_checkpoint(resume) if resume else None
         ranks.agree(
             (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
         )
+
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
         self.say(f"data: {self.train_loader.describe()}")
-
-        # The same weights on every rank: DDP broadcasts rank 0's, which start at the fitted linear path.
-        fields = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(SHARPv32Config)}
-        given = {
-            name: value
-            for name, value in fields.items()
-            if value is not None and name != "compile_mode"
+        self.iterations = len(self.train_loader)  # batches of an epoch
+        self.steps_per_epoch = math.ceil(self.iterations / cfg.accumulate_steps)
+        rgb = self.train_loader.rgb
+        self.data_facts: dict = {
+            "rgb_norm": cfg.rgb_norm,
+            "rgb_dtype": rgb.dtype,
+            "rgb_encoding": rgb.encoding,
+            "camera": rgb.camera,
+            "wavelengths": list(self.train_loader.wavelengths),
+            "train_floor": cfg.train_floor,
+            "metric_floor": cfg.metric_floor,
         }
+        warmup_steps = int(cfg.warmup_epochs * self.steps_per_epoch)
+        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup_steps)
+
+        self.make_model(state, resume)
+        self.epoch = self.iteration = self.step = 0
+        self.validated = -1  # the last epoch that was
+        self.best = math.inf
+        self.best_metrics: dict = {}
+        self.metrics: dict = {}
+        if state and resume:
+            self.load(state, resume)
+        self.start_log()
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(text)
+
+    def make_model(self, state: dict | None, resume: Path | None) -> None:
+        """Model, what wraps it, its step engine and schedule."""
+        cfg, device = self.cfg, self.device
+        # The same weights on every rank: DDP broadcasts rank 0's, which start at the linear path.
         common.seed_everything(cfg.seed)
-        bands = len(self.train_loader.wavelengths)
-        try:
-            model = create_sharp_v32(cfg.model_size, out_channels=bands, **given).to(device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if cfg.patch_size < model.config.min_input_size:
-            raise UserError(
-                f"--patch_size {cfg.patch_size}: below --min_input_size {model.config.min_input_size}"
-            )
-        if state:
+        model = self.create().to(device)
+        if state and resume:
             common.load_weights(model, state["state_dict"], resume)
-        elif ranks.is_main:
-            model.fit_spectral_path(*(x.to(device) for x in self.train_loader.spread(FIT_PIXELS)))
+        elif self.ranks.is_main:
+            rgb, cube = self.train_loader.spread(FIT_PIXELS)
+            model.fit_spectral_path(rgb.to(device), cube.to(device))
         if cfg.use_channels_last:
-            model.to(memory_format=torch.channels_last)
-        network, self.amp = model, precision(cfg, device)
-        if ranks.world_size > 1:
-            network = DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None
-            )
-        compiled = compile_in_place(network, cfg, device)
-        self.iterations = len(self.train_loader)
-        steps = math.ceil(self.iterations / cfg.accumulate_steps)
-        self.loss_fn = MSTPlusPlusLoss(
-            cfg.train_floor, cfg.train_floor_start, int(cfg.warmup_epochs * steps)
-        )
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network: nn.Module = model
+        if self.ranks.world_size > 1:
+            device_ids = [device] if device.type == "cuda" else None
+            network = DistributedDataParallel(model, device_ids=device_ids)
+        self.compiled = compile_in_place(network, cfg, device)
+        self.amp = precision(cfg, device)
         self.engine = SHARPv32Trainer(
             network,
             self.loss_fn,
@@ -257,52 +282,58 @@ class Run:
             ema_decay=cfg.ema_decay,
             ema_update_every=cfg.ema_update_every,
         )
-        common.seed_everything(cfg.seed + ranks.rank)  # dropout differs between ranks
-
+        common.seed_everything(cfg.seed + self.ranks.rank)  # dropout differs between ranks
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.engine.optimizer, lambda step: learning_rate(step, cfg, steps) / cfg.lr
+            self.engine.optimizer,
+            lambda step: learning_rate(step, cfg, self.steps_per_epoch) / cfg.lr,
         )
-        self.data_facts = {
-            "rgb_norm": cfg.rgb_norm,
-            "wavelengths": list(self.train_loader.wavelengths),
-            "train_floor": cfg.train_floor,
-            "metric_floor": cfg.metric_floor,
-        }
-        self.epoch = self.iteration = self.step = 0
-        self.validated, self.best, self.best_metrics, self.metrics = -1, math.inf, {}, {}
-        if state:
-            self.load(state, resume)
 
-        self.settings = {
-            f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if "help" in f.metadata
-        } | {
-            "compile_model": compiled,
-            "use_amp": self.amp is not None,
-            "device": str(device),
-        }  # --config reads it back
+    def create(self) -> SHARPv32:
+        cfg = self.cfg
+        # The trainer compiles, not the engine.
+        given = common.given_fields(cfg, SHARPv32Config, skip=("compile_mode",))
+        bands = len(self.train_loader.wavelengths)
+        try:
+            model = create_sharp_v32(cfg.model_size, out_channels=bands, **given)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        least = model.config.min_input_size
+        if cfg.patch_size < least:
+            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {least}")
+        return model
+
+    def start_log(self) -> None:
+        """config.json, which --config reads back, the log, and the bar."""
+        cfg = self.cfg
+        fields = dataclasses.fields(cfg)
+        settings = {field.name: getattr(cfg, field.name) for field in fields if field.metadata}
+        settings |= {"compile_model": self.compiled, "use_amp": self.amp is not None}
+        settings["device"] = str(self.device)
         if self.amp is not None:
-            self.settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
-        self.log = RunLog(folder.logs, ranks, self.step, cfg.wandb, self.settings)
-        if ranks.is_main:
-            common.write_json(folder.logs / "config.json", self.settings)
+            settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
+        self.settings = settings
+        self.log = RunLog(self.folder.logs, self.ranks, self.step, cfg.wandb, settings)
+        if self.ranks.is_main:
+            common.write_json(self.folder.logs / "config.json", settings)
         parameters = sum(p.numel() for p in self.engine.model.parameters())
+        bands, compiled = len(self.train_loader.wavelengths), "on" if self.compiled else "off"
         self.say(
-            f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; {device}, "
-            f"{self.amp or torch.float32}, compile {'on' if compiled else 'off'}; run: {folder.logs}"
+            f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; "
+            f"{self.device}, {self.amp or torch.float32}, compile {compiled}; "
+            f"run: {self.folder.logs}"
         )
-
         self.saved_at = time.monotonic()
         self.bar = tqdm(
             total=cfg.epochs * self.iterations,
             initial=self.epoch * self.iterations + self.iteration,
             unit="it",
             smoothing=0.02,
-            disable=not ranks.is_main,
+            disable=not self.ranks.is_main,
             dynamic_ncols=True,
             desc="train",
-            mininterval=0.2 if sys.stderr.isatty() else 60,
+            mininterval=0.2 if sys.stderr.isatty() else 60,  # a log file is not filled with bars
             maxinterval=60,
-        )  # a log file is not filled with bars
+        )
 
     # --- the loop
 
@@ -317,37 +348,24 @@ class Run:
                 self.epoch, self.iteration = self.epoch + 1, 0
                 self.save("last.ckpt")
         self.log.close()
-        last = self.folder.checkpoints / "last.ckpt"
         if not done and self.epoch < self.cfg.epochs:
             self.save("last.ckpt")
+            last = self.folder.checkpoints / "last.ckpt"
             self.say(f"stopped by a signal: saved {last}; go on with --resume_from auto")
-            return common.STOPPED
+            return STOPPED
         if self.ranks.is_main:
-            common.write_json(
-                self.folder.logs / "summary.json",
-                {
-                    "settings": self.settings,
-                    "model": dataclasses.asdict(self.engine.model.config),
-                    "data": self.data_facts,
-                    "environment": common.environment_record(),
-                    "steps": self.step,
-                    "best_mrae": self.best,
-                    "best": self.best_metrics,
-                    "last": self.metrics,
-                    "seconds": time.monotonic() - start,
-                },
-            )
-        self.say(f"done: best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}")
+            self.write_summary(time.monotonic() - start)
+        best = self.folder.checkpoints / "best.ckpt"
+        self.say(f"done: best crop MRAE {self.best:.4f} in {best}")
         return 0
 
     def train_epoch(self) -> bool:
-        """The rest of the epoch; False when a signal stops it, always after a whole optimizer step."""
+        """The rest of the epoch; False when a signal stops it, always after a whole optimizer
+        step."""
         cfg = self.cfg
         self.engine.wrapped.train()
         self.train_loader.set_position(self.epoch, self.iteration)
-        self.totals = torch.zeros(
-            3, device=self.device
-        )  # loss, MRAE, steps since the last log line
+        self.totals = torch.zeros(3, device=self.device)  # loss, MRAE, steps since the last line
         self.logged = (time.monotonic(), self.iteration)
         group = []
         for batch in self.train_loader:
@@ -356,21 +374,8 @@ class Run:
             done = self.iteration + len(group)
             if len(group) < cfg.accumulate_steps and done < self.iterations:
                 continue
-            self.loss_fn.step = self.step
-            self.iteration, self.lr = done, self.engine.optimizer.param_groups[0]["lr"]
-            try:
-                result = self.engine.train_step(group)
-            except FloatingPointError as error:
-                raise UserError(
-                    f"step {self.step}: {error}; try a lower --lr or a higher --train_floor"
-                ) from None
-            self.totals += torch.stack(
-                [result["loss"], result["error"], torch.ones_like(self.totals[0])]
-            )
-            self.norm = result["grad_norm"]
-            self.schedule.step()
-            self.step += 1
-            group = []
+            self.train_step(group)
+            self.iteration, group = done, []
             if self.step % cfg.log_interval == 0 or self.iteration == self.iterations:
                 self.log_progress()
             stop, save = self.asked()
@@ -380,34 +385,34 @@ class Run:
                 self.save("last.ckpt")
         return True
 
+    def train_step(self, group: list) -> None:
+        """One optimizer step on the batches of a group; the last group may be smaller."""
+        self.loss_fn.step = self.step
+        self.lr = self.engine.optimizer.param_groups[0]["lr"]
+        try:
+            result = self.engine.train_step(group)
+        except FloatingPointError as error:
+            raise UserError(
+                f"step {self.step}: {error}; try a lower --lr or a higher --train_floor"
+            ) from None
+        one = torch.ones_like(self.totals[0])
+        self.totals += torch.stack([result["loss"], result["error"], one])
+        self.norm = result["grad_norm"]
+        self.schedule.step()
+        self.step += 1
+
     def log_progress(self) -> None:
-        """One line of metrics.jsonl and the bar's text; the only place where a step waits for the device."""
+        """One line of metrics.jsonl and the bar's text; the only place where a step waits for the
+        device."""
         loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
-        speed = (
-            (self.iteration - iteration)
-            * self.cfg.batch_size
-            * self.ranks.world_size
-            / (now - then)
-        )
-        memory = common.memory_gb(self.device)
-        self.log.write(
-            "train",
-            self.step,
-            {
-                "epoch": self.epoch,
-                "loss": loss,
-                "mrae": error,
-                "lr": self.lr,
-                "grad_norm": self.norm.item(),
-                "patches_per_second": speed,
-                "memory_gb": memory,
-            },
-        )
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s {memory:.1f} GB",
-            refresh=sys.stderr.isatty(),
-        )
+        patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
+        speed, memory = patches / (now - then), common.memory_gb(self.device)
+        values = {"epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr}
+        values |= {"grad_norm": self.norm.item(), "patches_per_second": speed}
+        self.log.write("train", self.step, values | {"memory_gb": memory})
+        text = f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s"
+        self.bar.set_postfix_str(f"{text} {memory:.1f} GB", refresh=sys.stderr.isatty())
         self.totals.zero_()
         self.logged = (now, self.iteration)
 
@@ -416,136 +421,139 @@ class Run:
         due = time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes
         if self.ranks.world_size > 1 and self.step % AGREE_EVERY:
             return False, False
-        return self.ranks.any(self.stop.requested, due, device=self.device)
+        stop, save = self.ranks.any(self.stop.requested, due, device=self.device)
+        return stop, save
 
-    @torch.no_grad()
+    # --- validation
+
     def validate(self) -> bool:
-        """Score full frames with the averaged weights where it is due, keep the best; False when a signal stops it."""
+        """Where it is due, score full frames with the averaged weights and keep the best; False
+        when a signal stops it."""
         cfg = self.cfg
         due = (self.epoch + 1) % cfg.val_interval == 0 or self.epoch + 1 == cfg.epochs
         if not due or self.validated >= self.epoch:
             return True
-        average = self.engine.average
-        model = (average.module if average is not None else self.engine.model).eval()
-        scores, figure = [], None
-        for scene in self.val_loader:
-            if self.stop.requested:
-                break
-            with (
-                torch.compiler.set_stance("force_eager")
-                if self.settings["compile_model"]
-                else nullcontext()
-            ):
-                output = model(scene.rgb.to(self.device))
-            pred, cube = (
-                output[0] if isinstance(output, tuple) else output,
-                scene.cube.to(self.device),
-            )
-            scores.append(
-                (
-                    scene.name,
-                    scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border),
-                )
-            )
-            if figure is None and self.ranks.is_main:
-                parts = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
-                figure = scene_figure(*parts, self.data_facts["wavelengths"])
+        scores = self.score_scenes()
         if self.ranks.any(self.stop.requested, device=self.device)[0]:
             return False
-        scores = [metrics for _, metrics in sorted(sum(self.ranks.gather(scores), []))]
-        interval = bootstrap_interval([metrics["mrae"] for metrics in scores])
-        self.metrics = mean_metrics(scores) | {
-            "mrae_interval_95": list(interval),
-            "border": scores[0]["border"],
-            "scenes": len(scores),
-        }
+        self.metrics = validation_record(self.ranks.gather_lists(scores))
         self.validated = self.epoch
-        self.log.write(
-            "val", self.step, {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm} | self.metrics
-        )
-        self.log.figure("val/scene", self.step, figure)
+        values = {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm}
+        self.log.write("val", self.step, values | self.metrics)
         m = self.metrics
         self.say(
-            f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, PSNR {m['psnr']:.2f} dB, "
-            f"SAM {m['sam']:.2f} degrees; full frame MRAE {m['mrae_full']:.4f} (floor {cfg.metric_floor:g}, "
-            f"rgb {cfg.rgb_norm})"
+            f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, "
+            f"PSNR {m['psnr']:.2f} dB, SAM {m['sam']:.2f} degrees; "
+            f"full frame MRAE {m['mrae_full']:.4f} "
+            f"(floor {cfg.metric_floor:g}, rgb {cfg.rgb_norm})"
         )
         if m["mrae"] < self.best:
             self.best, self.best_metrics = m["mrae"], m
             self.save("best.ckpt")
-            if self.ranks.is_main:
-                common.save_weights(
-                    self.folder.checkpoints / "best.safetensors",
-                    model.state_dict(),
-                    MODEL,
-                    dataclasses.asdict(self.engine.model.config),
-                    self.data_facts,
-                    average is not None,
-                )
+            self.save_best_weights()
         return True
+
+    @torch.no_grad()
+    def score_scenes(self) -> list[tuple[str, dict]]:
+        """(name, metrics) of this rank's scenes, or of some where a signal stops it; the first one
+        is drawn."""
+        cfg, model = self.cfg, self.averaged_model().eval()
+        scores: list[tuple[str, dict]] = []
+        for scene in self.val_loader:
+            if self.stop.requested:
+                break
+            eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+            with eager:
+                output = model(scene.rgb.to(self.device))
+            pred = output[0] if isinstance(output, tuple) else output
+            cube = scene.cube.to(self.device)
+            metrics = scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)
+            if self.ranks.is_main and not scores:
+                rgb, pred, cube = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
+                figure = scene_figure(rgb, pred, cube, self.data_facts["wavelengths"])
+                self.log.figure("val/scene", self.step, figure)
+            scores.append((scene.name, metrics))
+        return scores
+
+    def averaged_model(self) -> nn.Module:
+        average = self.engine.average
+        return self.engine.model if average is None else average.module
 
     # --- state
 
     def save(self, name: str) -> None:
         """Write a checkpoint with all that a bit-exact resume needs; every rank takes part."""
-        rng = self.ranks.gather(common.rng_state())
+        rng = self.ranks.gather(rng_state())
         self.saved_at = time.monotonic()
         if not self.ranks.is_main:
             return
         engine = self.engine.state_dict()
-        common.save_checkpoint(
-            self.folder.checkpoints / name,
-            {
-                "model": MODEL,
-                "model_config": dataclasses.asdict(self.engine.model.config),
-                "data": self.data_facts,
-                "settings": self.settings,
-                "schedule": self.schedule.state_dict(),
-                "rng": rng,
-                "state_dict": engine.pop("state_dict"),
-                "ema": engine.pop("ema"),
-                "engine": engine,
-                **{key: getattr(self, key) for key in PROGRESS},
-            },
+        state = {
+            "model": MODEL,
+            "model_config": dataclasses.asdict(self.engine.model.config),
+            "data": self.data_facts,
+            "settings": self.settings,
+            "state_dict": engine.pop("state_dict"),
+            "ema": engine.pop("ema"),
+            "engine": engine,
+            "schedule": self.schedule.state_dict(),
+            "rng": rng,
+        }
+        state |= {key: getattr(self, key) for key in PROGRESS}
+        common.save_checkpoint(self.folder.checkpoints / name, state)
+
+    def save_best_weights(self) -> None:
+        """best.safetensors: the weights that were scored, for inference."""
+        if not self.ranks.is_main:
+            return
+        common.save_weights(
+            self.folder.checkpoints / "best.safetensors",
+            self.averaged_model().state_dict(),
+            MODEL,
+            dataclasses.asdict(self.engine.model.config),
+            self.data_facts,
+            averaged=self.engine.average is not None,
         )
 
+    def write_summary(self, seconds: float) -> None:
+        summary = {
+            "settings": self.settings,
+            "model": dataclasses.asdict(self.engine.model.config),
+            "data": self.data_facts,
+            "environment": environment_record(),
+            "steps": self.step,
+            "best_mrae": self.best,
+            "best": self.best_metrics,
+            "last": self.metrics,
+            "seconds": seconds,
+        }
+        common.write_json(self.folder.logs / "summary.json", summary)
+
     def load(self, state: dict, path: Path) -> None:
-        """Go on from a checkpoint's state (the model's weights are loaded already)."""
-        missing = [
-            key for key in ("settings", "engine", "schedule", "rng", *PROGRESS) if key not in state
-        ]
+        """Go on from a checkpoint's state; the model's weights are loaded already."""
+        cfg = self.cfg
+        needed = ("settings", "engine", "schedule", "rng", *PROGRESS)
+        missing = [key for key in needed if key not in state]
         if missing:
-            raise UserError(
-                f"--resume_from {path}: holds weights but no run to go on from (no {missing[0]})"
-            )
-        for key in ("rgb_norm", "wavelengths"):
-            if state["data"].get(key) != self.data_facts[key]:
-                raise UserError(
-                    f"--resume_from {path}: trained with {key} {state['data'].get(key)}, not {self.data_facts[key]}"
-                )
-        self.engine.load_state_dict(
-            state["engine"] | {"state_dict": state["state_dict"], "ema": state["ema"]}
-        )
-        common.restore_schedule(
-            self.schedule, state["schedule"], self.cfg.lr, self.cfg.weight_decay
-        )
+            raise UserError(f"--resume_from {path}: no run to go on from (no {missing[0]})")
+        check_resumed_data(state["data"], self.data_facts, path)
+        weights = {"state_dict": state["state_dict"], "ema": state["ema"]}
+        self.engine.load_state_dict(state["engine"] | weights)
+        common.restore_schedule(self.schedule, state["schedule"], cfg.lr, cfg.weight_decay)
         if len(state["rng"]) == self.ranks.world_size:
-            common.set_rng_state(state["rng"][self.ranks.rank])
+            set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
         if self.iteration > self.iterations:
             raise UserError(
-                f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now has "
-                f"{self.iterations}; give the --iterations_per_epoch, --batch_size and ranks of that run"
+                f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now "
+                f"has {self.iterations}; give its --iterations_per_epoch, --batch_size and ranks"
             )
-        if any(
-            state["settings"][key] != getattr(self.cfg, key)
-            for key in ("metric_floor", "val_crop_border")
-        ):
-            self.best, self.best_metrics = math.inf, {}  # of another measure
-        self.say(
-            f"resumed: {path} at epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
-        )
+        for key in ("metric_floor", "val_crop_border"):
+            if state["settings"][key] != getattr(cfg, key):  # the best is of another measure
+                self.best, self.best_metrics = math.inf, {}
+        place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
+        self.say(f"resumed: {path} at {place}")
 
 
 def main() -> int:
@@ -554,9 +562,8 @@ def main() -> int:
     ranks, device = common.init_process_group(cfg.device)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(
-            True, warn_only=True
-        )  # few operators have no deterministic kernel: they are named
+        # A few operators have no deterministic kernel: a warning names them.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
     code = run.train()
     ranks.leave()

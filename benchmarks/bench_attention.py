@@ -22,8 +22,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common_utils_v32 import write_json  # noqa: E402
-from sharp_v322_hardened import sparse_attention_topk_streaming  # noqa: E402
+from common_utils_v32 import write_json# noqa: E402
+from sparse_attention import sparse_attention_topk_streaming# noqa: E402
+
+# noqa: E402
 
 HEADS, WIDTH, RATIO = 4, 32, 0.9
 # name, shape of the frame, mode; a bar is (figure, limit)

@@ -29,6 +29,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from training_runs import environment_record# noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 if "--checkout" not in sys.argv:  # a child of --against imports the models of its own checkout
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -296,7 +298,7 @@ def main() -> int:
         bench = Bench(build(name, size, args.mst_root), device, amp)
         print(json.dumps({"peak": measure_peak(bench, what)}))
         return 0
-    facts: dict = {"environment": common.environment_record()}
+    facts: dict = {"environment": environment_record()}
     if args.against:
         if not (args.against / "hsifusion_v252_complete.py").exists():
             raise common.UserError(f"--against {args.against}: not a checkout of this project")

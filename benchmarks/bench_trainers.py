@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common_utils_v32 as common  # noqa: E402
-from optimized_dataloader import MSTPlusPlusLoss, prepare_batch  # noqa: E402
+from optimized_dataloader import MSTPlusPlusLoss, prepare_batch# noqa: E402
+from training_runs import RunFolder, environment_record# noqa: E402
 
 TRAINERS = ("hsifusion_training", "sharp_training_script_fixed")
 
@@ -60,7 +61,7 @@ def measure(trainer: str, args, folder: str) -> dict[str, float]:
             trainer,
         ],
     )
-    run = module.Run(cfg, common.Ranks(), torch.device("cpu"), common.RunFolder.of(folder, trainer))
+    run = module.Run(cfg, common.Ranks(), torch.device("cpu"), RunFolder.of(folder, trainer))
     model = getattr(run, "engine", run).model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [prepare_batch(batch, run.device) for batch in islice(run.train_loader, steps)]
@@ -104,7 +105,7 @@ def main() -> int:
             args.json,
             {
                 "seconds_per_step": results,
-                "environment": common.environment_record(),
+                "environment": environment_record(),
                 "settings": {k: str(v) for k, v in vars(args).items()},
             },
         )

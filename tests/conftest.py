@@ -1,15 +1,25 @@
-"""Shared by all tests: the project root on sys.path, and a small raw data set written by h5py and Pillow alone."""
+"""Shared by all tests: the project root on sys.path, a small raw data set written by h5py and
+Pillow alone, and a small staged one written by NumPy alone."""
 
+import importlib
+import json
+import signal
 import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # so that tests run well beside other work
+import training_runs  # noqa: E402 (the project is on the path now)
+
+BANDS = 31
+STAGED_SIZES = {"a": (40, 56), "b": (48, 32)}  # H, W of the scenes of write_staged
 
 
 def write_raw_arad(
@@ -19,8 +29,8 @@ def write_raw_arad(
     rng = np.random.default_rng(seed)
     for folder in ("Train_Spec", "Train_RGB", "split_txt"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / "split_txt" / "train_list.txt").write_text("\n".join(train) + "\n")
-    (root / "split_txt" / "valid_list.txt").write_text("\n".join(valid))
+    (root / "split_txt" / "train_list.txt").write_text("\n".join(train) + "\n", encoding="utf-8")
+    (root / "split_txt" / "valid_list.txt").write_text("\n".join(valid), encoding="utf-8")
     wavelengths = np.linspace(400, 700, bands)
     for name in (*train, *valid):
         coarse = rng.uniform(0.02, 0.9, (size[0] // 8, size[1] // 8, 3))
@@ -35,6 +45,69 @@ def write_raw_arad(
     return root
 
 
+@pytest.fixture
+def runs_in_this_process(monkeypatch):
+    """No settings from outside, pytest keeps its own signal handlers, and no figure is drawn, which
+    would take longer than the run."""
+    for name in ("HSI_LOG_DIR", "HSI_CKPT_DIR", "HSI_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    for trainer in ("hsifusion_training", "sharp_training_script_fixed"):
+        module = importlib.import_module(trainer)
+        monkeypatch.setattr(module, "scene_figure", lambda *args: None)
+    monkeypatch.setattr(training_runs.RunLog, "figure", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def raw_arad(tmp_path_factory) -> Path:
     return write_raw_arad(tmp_path_factory.mktemp("raw"))
+
+
+def write_scene(folder, name, cube, rgb):
+    """The two arrays of a staged scene, and its entry in the index."""
+    split = folder.name
+    entry = {
+        "name": name,
+        "shape": cube.shape,
+        "dtype": cube.dtype.name,
+        "cube": f"{split}/{name}.cube.npy",
+        "rgb": f"{split}/{name}.rgb.npy",
+        "rgb_range": [int(rgb.min()), int(rgb.max())],
+    }
+    np.save(folder / f"{name}.cube.npy", cube)
+    np.save(folder / f"{name}.rgb.npy", rgb)
+    return entry
+
+
+def write_staged(root, dtype="float16", val_dtype="float32", rgb=None):
+    """A staged folder; cube and RGB hold the same picture, so that a test sees whether they are
+    turned alike. `rgb`: the index's facts, of version 2."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, kind in (("train", dtype), ("val", val_dtype)):
+        (root / split).mkdir(parents=True)
+        splits[split] = []
+        for name, (height, width) in STAGED_SIZES.items():
+            image = rng.integers(3, 250, (height, width, 3), dtype=np.uint8)
+            cube = np.repeat(image[..., :1] / np.float32(255), BANDS, axis=2).astype(kind)
+            if rgb is not None and rgb["dtype"] == "uint16":
+                image = image * np.uint16(257)
+            splits[split].append(write_scene(root / split, name, cube, image))
+    index = {
+        "format": "hsi-staged",
+        "version": 1,
+        "bands": BANDS,
+        "wavelengths": list(range(400, 701, 10)),
+    }
+    if rgb is not None:
+        index |= {"version": 2, "rgb": rgb}
+    write_index(root, index | {"splits": splits})
+    return root
+
+
+def read_index(root):
+    return json.loads((root / "index.json").read_text(encoding="utf-8"))
+
+
+def write_index(root, index):
+    (root / "index.json").write_text(json.dumps(index), encoding="utf-8")

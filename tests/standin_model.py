@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-import sharp_inference as inference
+from frame_prediction import Loaded
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ def create(model_size="base", in_channels=3, out_channels=31, **overrides):
 def loaded(rgb_norm="per_image", bands=31, **overrides):
     wavelengths = [400 + 300 * i / max(bands - 1, 1) for i in range(bands)]
     module = create("tiny", out_channels=bands, **overrides).eval()
-    return inference.Loaded(
+    return Loaded(
         "standin",
         "standin.ckpt",
         "hsifusion",

@@ -1,5 +1,6 @@
 """Preparing data: synthetic scenes, staging, splits, verification, and what happens with bad input."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from camera_colour import camera_response
 from common_utils_v32 import UserError, run_cli
 from cube_files import read_cube, read_rgb
 from optimized_dataloader import DataConfig, create_optimized_dataloaders, patch_grid
+from scene_folders import find_scenes
 from synthetic_scenes import (
     FAMILIES,
     WAVELENGTHS,
@@ -269,7 +271,7 @@ def test_a_staged_folder_holds_the_scenes_their_statistics_and_checksums(raw, tm
             assert entry["rgb_range"] == [rgb.min(), rgb.max()]
             for kind in ("cube", "rgb"):
                 content = (tmp_path / "staged" / entry[kind]).read_bytes()
-                assert entry[f"{kind}_sha256"] == ds.hashlib.sha256(content).hexdigest()
+                assert entry[f"{kind}_sha256"] == hashlib.sha256(content).hexdigest()
     train = np.concatenate([cubes[name].reshape(-1, 31) for name in "abc"])
     for name, value in (
         ("mean", train.mean(0)),
@@ -402,9 +404,10 @@ def test_a_full_disk_is_refused_before_anything_is_written(raw, tmp_path, monkey
 
 def test_what_staging_says_it_will_write_is_what_it_writes(raw, tmp_path):
     settings = {"bands": 31, "dtype": "float16", "patch_size": 32, "stride": 8, "render_rgb": None}
-    jobs = [
-        (split, scene) for split, scenes in ds.data.find_scenes(raw).items() for scene in scenes
-    ]
+    settings["patch_grid"] = "floor"
+    jobs = []
+    for split, scenes in find_scenes(raw).items():
+        jobs += [(split, scene) for scene in scenes]
     said = sum(ds._bytes_needed(job, settings) for job in jobs)
     stage(raw, tmp_path / "staged")
     assert sum(p.stat().st_size for p in (tmp_path / "staged").rglob("*.npy")) == pytest.approx(

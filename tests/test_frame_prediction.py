@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-import sharp_inference as inference
+from frame_prediction import LiveBytes, blend_tiles, ramp, tile_offsets
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiled(run, image, patch, overlap, batch=1, bands=5):
     return torch.from_numpy(
-        inference.blend_tiles(
+        blend_tiles(
             run,
             lambda y0, y1, x0, x1: image[:, y0:y1, x0:x1],
             image.shape[1:],
@@ -77,19 +77,19 @@ def test_tiles_cover_the_side_with_the_overlap_that_was_asked_for():
         (5, 10, 0),
         (20000, 512, 128),
     ]:
-        offsets = inference.tile_offsets(side, min(tile, side), overlap)
+        offsets = tile_offsets(side, min(tile, side), overlap)
         assert offsets[0] == 0 and offsets[-1] + min(tile, side) == side
         assert all(0 < b - a <= tile - overlap for a, b in zip(offsets, offsets[1:], strict=False))
 
 
 def test_ramp_ignores_the_outer_quarter_of_a_tile():
-    ramp = inference.ramp(32)
-    assert (ramp[:8] == 0).all() and (ramp[24:] == 1).all()
-    assert torch.allclose(ramp + ramp.flip(0), torch.ones(32))
+    weight = ramp(32)
+    assert (weight[:8] == 0).all() and (weight[24:] == 1).all()
+    assert torch.allclose(weight + weight.flip(0), torch.ones(32))
 
 
 def test_live_bytes_counts_the_peak_and_not_the_sum():
-    with inference.LiveBytes() as live:
+    with LiveBytes() as live:
         x = torch.zeros(1000)
         for _ in range(5):
             x = x + 1

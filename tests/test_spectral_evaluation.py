@@ -13,19 +13,33 @@ import pytest
 import standin_model
 import torch
 from conftest import write_raw_arad
-from test_inference import run, write_checkpoint
+from test_sharp_inference import run, write_checkpoint
 
 import common_utils_v32 as common
 import optimized_dataloader as data
 import sharp_inference as inference
-from spectral_evaluation import scene_metrics
+from frame_prediction import FACTORIES
+from spectral_evaluation import (
+    STRESS,
+    bootstrap_interval,
+    centre_crop,
+    crop_border,
+    ergas,
+    mrae,
+    per_band_metrics,
+    psnr,
+    rmse,
+    sam,
+    scene_metrics,
+    ssim,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def standin(monkeypatch):
-    monkeypatch.setitem(inference.FACTORIES, "hsifusion", ("standin_model", "create"))
+    monkeypatch.setitem(FACTORIES, "hsifusion", ("standin_model", "create"))
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +176,9 @@ def test_ranks_together_give_the_numbers_of_one(tmp_path, scenes):
     )
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import sharp_inference as inference\n"
-        "inference.FACTORIES['hsifusion'] = ('standin_model', 'create')\ninference.main()\n"
+        "import frame_prediction, sharp_inference\n"
+        "frame_prediction.FACTORIES['hsifusion'] = ('standin_model', 'create')\n"
+        "sharp_inference.main()\n"
     )
     (tmp_path / "main.py").write_text(code)
     launcher = [
@@ -216,8 +231,8 @@ def test_stress_report_covers_every_change_and_the_recipe_moves_the_least(
         tmp_path / "res",
     )
     rows = json.loads((tmp_path / "res/stress.json").read_text())["rows"]
-    names = ["as given", *inference.STRESS]
-    assert [row["change"] for row in rows] == names and len(rows) == 13
+    names = ["as given", *STRESS]
+    assert [row["change"] for row in rows] == names and len(rows) == len(names)
     renders = dict(zip(names, seen, strict=False))
     means = {name: float(rgb.mean()) for name, rgb in renders.items()}
     assert means["recipe"] == pytest.approx(means["as given"], abs=0.03)
@@ -251,8 +266,13 @@ def test_mst_plus_plus_weights_need_its_checkout(tmp_path, scenes):
     folder = tmp_path / "MST" / "train_code" / "architecture"
     folder.mkdir(parents=True)
     (folder / "MST_Plus_Plus.py").write_text(
-        "from torch import nn\nclass MST_Plus_Plus(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.embedding = nn.Conv2d(3, 31, 1)\n    def forward(self, x):\n        return self.embedding(x)\n"
+        "from torch import nn\n"
+        "class MST_Plus_Plus(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embedding = nn.Conv2d(3, 31, 1)\n"
+        "    def forward(self, x):\n"
+        "        return self.embedding(x)\n"
     )
     weights = {
         "module.embedding.weight": torch.rand(31, 3, 1, 1),
@@ -297,3 +317,143 @@ def test_an_earlier_evaluation_is_kept_unless_told_otherwise(tmp_path, scenes):
     assert names == ["v_metrics.json", "w_metrics.json", "x_metrics.json"]
     summary = common.read_json(tmp_path / "res" / "summary.json")
     assert summary["tile"] == 64 and len(summary["per_band"]["ssim_full"]) == 31
+
+
+# --- metrics
+
+
+def scene(seed=0, height=40, width=50, bands=31):
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(0, 1, (bands, height, width)) ** 2
+    target[:, 3, 4] = 0
+    return np.clip(target + rng.normal(0, 0.05, target.shape), -0.05, 1.2), target
+
+
+def numpy_metrics(pred, target, floor):
+    p, t = pred.astype(np.float64), target.astype(np.float64)
+    lit = t.mean(0) > 0.01
+    cosine = (p * t).sum(0)[lit] / np.maximum(
+        np.linalg.norm(p, axis=0) * np.linalg.norm(t, axis=0), 1e-30
+    )[lit]
+    mse = ((np.clip(p, 0, 1) - np.clip(t, 0, 1)) ** 2).mean()
+    return {
+        "mrae": (np.abs(p - t) / np.maximum(t, floor)).mean(),
+        "rmse": np.sqrt(((p - t) ** 2).mean()),
+        "psnr": 10 * np.log10(1 / mse),
+        "sam": np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean(),
+        "ergas": 100 * np.sqrt((((p - t) ** 2).mean((1, 2)) / t.mean((1, 2)) ** 2).mean()),
+    }
+
+
+def layouts(array):
+    """The same values in every memory layout that a metric may meet."""
+    x = torch.from_numpy(array).float()
+    wide = torch.zeros(x.shape[0], x.shape[1], 2 * x.shape[2])
+    wide[:, :, ::2] = x
+    yield from (
+        x,
+        x[None],
+        x[None].to(memory_format=torch.channels_last),
+        wide[:, :, ::2],
+        x.double(),
+        x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    )
+
+
+@pytest.mark.parametrize("floor", [1e-6, 0.01])
+def test_metrics_equal_plain_numpy_in_every_memory_layout(floor):
+    pred, target = scene()
+    expected = numpy_metrics(pred.astype(np.float32), target.astype(np.float32), floor)
+    for p, t in zip(layouts(pred), layouts(target), strict=True):
+        found = scene_metrics(p, t, floor=floor)
+        for key, value in expected.items():
+            assert found[f"{key}_full"] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_crop_is_the_protocols_and_is_what_the_metrics_score():
+    x = torch.arange(482 * 512.0).view(1, 482, 512)
+    assert centre_crop(x).shape == (1, 226, 256) and centre_crop(x)[0, 0, 0] == x[0, 128, 128]
+    assert crop_border(256, 400) == (64, 128)
+    pred, target = scene(height=40, width=500)
+    found = scene_metrics(torch.from_numpy(pred), torch.from_numpy(target))
+    expected = numpy_metrics(pred[:, 10:-10, 128:-128], target[:, 10:-10, 128:-128], 1e-6)
+    assert found["mrae"] == pytest.approx(expected["mrae"]) and found["border"] == [10, 128]
+    assert found["mrae"] != pytest.approx(found["mrae_full"])
+
+
+def test_a_perfect_prediction_and_a_black_scene():
+    target = torch.from_numpy(scene()[1])
+    assert mrae(target, target) == rmse(target, target) == ergas(target, target) == 0
+    assert sam(target, target) == 0 and psnr(target, target) == math.inf
+    black = torch.zeros(31, 8, 8)
+    assert math.isnan(sam(black, black)) and mrae(black, black) == 0
+    assert mrae(black + 1, black) == pytest.approx(1e6)
+
+
+def test_psnr_clamps_and_has_a_peak_of_one():
+    target = torch.full((31, 8, 8), 1.0)
+    assert psnr(target + 0.5, target) == math.inf
+    assert psnr(target - 0.1, target) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_spectral_angle_is_exact_near_zero_and_in_degrees():
+    a, b = torch.zeros(31, 1, 1), torch.zeros(31, 1, 1)
+    a[0], b[0], b[1] = 1.0, 1.0, 1.0
+    assert sam(a, b) == pytest.approx(45.0)
+    b[1] = 1e-6
+    assert sam(b, a) == pytest.approx(np.degrees(1e-6), rel=1e-3)
+
+
+def test_ssim_is_one_for_equal_and_falls_with_noise():
+    pytest.importorskip("torchmetrics")
+    pred, target = (torch.from_numpy(x).clamp(0, 1) for x in scene())
+    assert ssim(target, target) == pytest.approx(1.0)
+    assert ssim(pred, target) < 0.999
+
+
+def test_a_border_below_zero_is_an_error():
+    with pytest.raises(common.UserError, match="crop border of -1 px"):
+        centre_crop(torch.zeros(1, 64, 64), -1)
+
+
+def test_per_band_metrics_average_to_the_whole():
+    pytest.importorskip("torchmetrics")
+    pred, target = (torch.from_numpy(x) for x in scene())
+    bands = per_band_metrics(pred, target)
+    assert len(bands["mrae"]) == 31 and np.mean(bands["mrae"]) == pytest.approx(mrae(pred, target))
+    assert np.square(bands["rmse"]).mean() ** 0.5 == pytest.approx(rmse(pred, target))
+    assert np.square(bands["ergas"]).mean() ** 0.5 == pytest.approx(ergas(pred, target))
+    inside = [x.clamp(0, 1) for x in (pred, target)]
+    assert np.mean(bands["ssim"]) == pytest.approx(ssim(*inside), abs=1e-5)
+
+
+def test_a_scene_without_an_angle_is_left_out_of_the_interval():
+    assert bootstrap_interval([2.0, math.nan, 2.0]) == (2.0, 2.0)
+
+
+def test_both_floors_of_mrae_are_recorded():
+    pred, target = (torch.from_numpy(x) for x in scene())
+    found = scene_metrics(pred, target, floor=0.05)
+    for floor in (0.01, 1e-6):
+        assert found[f"mrae_floor_{floor:g}_full"] == pytest.approx(
+            numpy_metrics(pred.numpy(), target.numpy(), floor)["mrae"]
+        )
+
+
+def test_bootstrap_interval_covers_the_mean_and_shrinks():
+    values = np.random.default_rng(0).normal(0.2, 0.05, 50).tolist()
+    low, high = bootstrap_interval(values)
+    assert low < np.mean(values) < high and 0.02 < high - low < 0.04
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval([0.3]) == (0.3, 0.3)
+
+
+@pytest.mark.skipif("MST_ROOT" not in os.environ, reason="MST_ROOT names no checkout of MST++")
+def test_metrics_equal_mst_plus_plus():
+    sys.path.insert(0, os.path.join(os.environ["MST_ROOT"], "train_code"))
+    import utils
+
+    pred, target = (torch.from_numpy(x)[None] for x in scene())
+    target = target.clamp_min(1e-6)
+    assert mrae(pred, target) == pytest.approx(utils.Loss_MRAE()(pred, target).item())
+    assert rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())

@@ -15,12 +15,13 @@ from PIL import Image
 
 import common_utils_v32 as common
 import sharp_inference as inference
-from cube_files import read_photo
+from cube_files import read_cube, read_photo
+from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
 
 
 @pytest.fixture(autouse=True)
 def standin(monkeypatch):
-    monkeypatch.setitem(inference.FACTORIES, "hsifusion", ("standin_model", "create"))
+    monkeypatch.setitem(FACTORIES, "hsifusion", ("standin_model", "create"))
 
 
 @pytest.fixture
@@ -124,11 +125,10 @@ def test_all_formats_hold_the_same_cube_with_wavelengths_and_the_right_axes(tmp_
 def test_mat_reads_back_through_the_projects_reader_and_scipy_knows_the_version(
     tmp_path, checkpoint
 ):
-    import optimized_dataloader as data
 
     pixels = photo(tmp_path / "a.png")
     run("--checkpoint", checkpoint, "--input", tmp_path / "a.png", "--output", tmp_path / "a.mat")
-    cube = data.read_cube(tmp_path / "a.mat")
+    cube = read_cube(tmp_path / "a.mat")
     np.testing.assert_allclose(np.asarray(cube).transpose(2, 0, 1), expected(pixels), atol=1e-6)
     scipy_io = pytest.importorskip("scipy.io.matlab")
     with open(tmp_path / "a.mat", "rb") as file:
@@ -148,7 +148,7 @@ def test_ensemble_is_the_mean_of_the_eight_views(checkpoint):
             views.append(back.flip(3) if flip else back)
     assert len({tuple(v.flatten()[:9].tolist()) for v in views}) == 8
     torch.testing.assert_close(
-        inference.forward(model, x, args), torch.stack(views).mean(0), atol=1e-6, rtol=1e-5
+        forward(model, x, args), torch.stack(views).mean(0), atol=1e-6, rtol=1e-5
     )
 
 
@@ -252,7 +252,7 @@ def test_safetensors_say_whether_their_weights_are_averaged(tmp_path, checkpoint
             path, state["state_dict"], "hsifusion", state["model_config"], state["data"], averaged
         )
         args = inference.Settings(checkpoint=[str(path)], input=["x"], output="y")
-        assert inference.load_model(str(path), args, torch.device("cpu")).weights == (
+        assert load_model(str(path), torch.device("cpu"), args.loading).weights == (
             "ema" if averaged else "raw"
         )
 
@@ -394,7 +394,7 @@ def test_the_normalisation_of_training_is_asked_for_and_not_contradicted(tmp_pat
 @pytest.mark.parametrize("kind", ["hsifusion", "sharp"])
 def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monkeypatch, kind):
     monkeypatch.undo()  # no stand-in
-    module, factory = inference.FACTORIES[kind]
+    module, factory = FACTORIES[kind]
     torch.manual_seed(0)
     model = getattr(importlib.import_module(module), factory)("tiny").eval()
     for name, parameter in model.named_parameters():
@@ -429,7 +429,7 @@ def test_averaged_weights_are_used_unless_declined(tmp_path):
     path = write_checkpoint(tmp_path / "m.ckpt", ema_shift=0.5)
     args = inference.Settings(checkpoint=["x"], export="x")
     loads = [
-        inference.load_model(str(path), dataclasses.replace(args, ema=ema), torch.device("cpu"))
+        load_model(str(path), torch.device("cpu"), dataclasses.replace(args, ema=ema).loading)
         for ema in (True, False)
     ]
     first, second = (model.module.first.weight for model in loads)
@@ -448,27 +448,26 @@ def test_out_of_memory_halves_the_tile_and_goes_on(capsys):
     def allocate(channels):
         return np.empty((channels, 200, 260), np.float32)
 
-    full, patch = inference.predict(model, source, (200, 260), args, allocate)
+    full, patch = predict(model, source, (200, 260), args, allocate)
     assert patch == 260
     model.module.largest = 70 * 70
-    tiles, patch = inference.predict(model, source, (200, 260), args, allocate)
+    tiles, patch = predict(model, source, (200, 260), args, allocate)
     assert patch == 64 and "260 px: going on with 128 px" in capsys.readouterr().err
     np.testing.assert_allclose(tiles, full, atol=1e-5)
     model.module.largest = 10
     with pytest.raises(common.UserError, match="out of memory"):
-        inference.predict(model, source, (200, 260), args, allocate)
+        predict(model, source, (200, 260), args, allocate)
 
 
 def test_memory_budget_decides_between_whole_frame_and_tiles():
     model = standin_model.loaded()
     args = inference.Settings(checkpoint=["x"], input=["x"], output="x", memory_gb=1.0)
-    assert inference.plan_tile(model, (400, 500), args) == 500
+    assert plan_tile(model, (400, 500), args) == 500
     small = dataclasses.replace(args, memory_gb=0.1)
-    tile = inference.plan_tile(model, (4000, 5000), small)
+    tile = plan_tile(model, (4000, 5000), small)
     assert 64 <= tile < 500 and tile**2 * (1.3 * model.pixel_bytes + 8 * 31) <= 0.1 * 2**30
     assert (
-        inference.plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4))
-        <= tile // 2 + 16
+        plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4)) <= tile // 2 + 16
     )
 
 

@@ -1,0 +1,433 @@
+"""Folders of scenes, staged or raw as ARAD-1K lays them out: what scenes they hold, and a scene's
+arrays, whole or patch by patch; and how a staged one is written.
+
+    scenes = find_scenes("ARAD_1K")["train"]             # paths of the cubes and images of a split
+    frame = StagedScenes(Path("data/staged"), "val").arrays(0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import mmap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common_utils_v32 import UserError, atomic_write, free_memory, write_json
+from cube_files import (
+    CUBE_SUFFIXES,
+    RGB_SUFFIXES,
+    StoredCube,
+    bands_known,
+    check_cube,
+    check_wavelengths,
+    find_stored_cube,
+    read_cube,
+    read_rgb,
+    read_wavelengths,
+    read_window,
+    reading,
+)
+
+IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
+INDEX_FORMAT, INDEX_VERSION = "hsi-staged", 2
+SPLITS = ("train", "val", "test")
+RGB_DTYPES, RGB_ENCODINGS = ("uint8", "uint16"), ("linear", "srgb")
+
+
+class Scene(NamedTuple):
+    """One raw scene. The cube is None for a test image, the RGB is None where no image is there."""
+
+    name: str
+    cube_path: Path | None
+    rgb_path: Path | None
+
+
+def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
+    """The splits train, val and test of a raw ARAD-1K folder, sorted by name; without list files
+    every scene is a training scene. A listed scene keeps the path where its cube should be, so that
+    reading it names the missing file."""
+    root = Path(root)
+    if not (root / "Train_Spec").is_dir():
+        raise UserError(
+            f"{root}: no Train_Spec folder in it; "
+            "give the ARAD-1K folder with Train_Spec and Train_RGB"
+        )
+    cubes = _by_stem(root / "Train_Spec", CUBE_SUFFIXES)
+    images = _by_stem(root / "Train_RGB", RGB_SUFFIXES)
+    tests = _by_stem(root / "Test_RGB", RGB_SUFFIXES)
+    train_list = root / "split_txt" / "train_list.txt"
+    val_list = root / "split_txt" / "valid_list.txt"
+    val = read_split_list(val_list) if val_list.exists() else []
+    if train_list.exists():
+        train = read_split_list(train_list)
+    else:
+        train = [name for name in cubes if name not in val]
+    twice = set(train) & set(val)
+    if twice:
+        raise UserError(f"{val_list}: {min(twice)} is a training scene too; mend the lists")
+
+    def scene(name: str) -> Scene:
+        absent = root / "Train_Spec" / f"{name}.mat"
+        return Scene(name, cubes.get(name, absent), images.get(name))
+
+    return {
+        "train": [scene(name) for name in sorted(train)],
+        "val": [scene(name) for name in sorted(val)],
+        "test": [Scene(name, None, path) for name, path in sorted(tests.items())],
+    }
+
+
+def read_split_list(path: Path) -> list[str]:
+    """Scene names of a list file, one a line, with or without a last newline, in any line ending,
+    with or without a suffix."""
+    with reading(path, "a list of scenes"):
+        text = path.read_text(encoding="utf-8-sig")
+    names: list[str] = []
+    for line in text.splitlines():
+        name = line.strip()
+        if name.lower().endswith(CUBE_SUFFIXES + RGB_SUFFIXES):
+            name = name.rsplit(".", 1)[0]
+        if name:
+            names.append(name)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{path}: {name} is listed twice; mend the list")
+    return names
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files by scene name; of two suffixes for one scene the first of `suffixes` wins."""
+    found: dict[str, Path] = {}
+    if not folder.is_dir():
+        return found
+    files = sorted(folder.iterdir())
+    for suffix in reversed(suffixes):
+        for path in files:
+            if path.suffix.lower() == suffix:
+                found[path.stem] = path
+    return found
+
+
+class RgbFacts(NamedTuple):
+    """What the RGB of a data set is: how it is stored, how its light is encoded, whose it is."""
+
+    dtype: str = "uint8"
+    encoding: str = "linear"
+    camera: str | None = None  # None: unknown
+
+    @property
+    def full_scale(self) -> int:
+        return int(np.iinfo(self.dtype).max)
+
+
+class Frame(NamedTuple):
+    """One whole scene as stored."""
+
+    cube: np.ndarray  # (H, W, bands)
+    rgb: np.ndarray  # (H, W, 3) uint8 or uint16
+    rgb_range: tuple[int, int]  # min and max of the RGB
+
+
+class Scenes:
+    """The scenes of a split. A staged or a raw folder fills the attributes and gives `arrays`."""
+
+    names: list[str]
+    shapes: list[tuple[int, int]]  # H, W
+    bands: int
+    wavelengths: list[float]  # nm
+    rgb: RgbFacts
+    dtype: str = "float32"  # of the patches' cubes
+    settings: dict[str, Any] = {}  # that a folder was staged with
+    frames: Sequence[Frame] = ()  # all scenes, once they are in RAM
+
+    def arrays(self, scene: int) -> Frame:
+        """The whole scene, mapped or decoded."""
+        raise NotImplementedError
+
+    def copy_patch(
+        self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray
+    ) -> tuple[int, int]:
+        """Copy the patch at (top, left), of the size of `cube` (p, p, bands), into `cube` and
+        `rgb` (p, p, 3); gives the frame's RGB range."""
+        frame = self.frames[scene] if self.frames else self.arrays(scene)
+        rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
+        cube[...] = frame.cube[rows, cols]
+        rgb[...] = frame.rgb[rows, cols]
+        return frame.rgb_range
+
+    def into_ram(self, dtype: str, copies: int) -> None:
+        """Keep all scenes as `dtype`. UserError before anything is read when `copies` of them do
+        not fit beside what runs."""
+        pixels = sum(height * width for height, width in self.shapes)
+        rgb_bytes = 3 * np.dtype(self.rgb.dtype).itemsize
+        needed = copies * pixels * (self.bands * np.dtype(dtype).itemsize + rgb_bytes)
+        free = free_memory()
+        if needed > free:
+            raise UserError(
+                f"{len(self.names)} scenes take {needed / 2**30:.1f} GB of RAM and "
+                f"{max(free, 0) / 2**30:.1f} are free; use --memory_mode lazy"
+            )
+        frames = []
+        what = f"scenes into RAM as {dtype}"
+        for scene in tqdm(range(len(self.names)), desc=what, disable=None, leave=False):
+            cube, rgb, rgb_range = self.arrays(scene)
+            frames.append(Frame(cube.astype(dtype, order="C"), rgb.copy(), rgb_range))
+        self.frames = frames
+        self.dtype = dtype
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A staged `.npy` as a memory map, which goes away with the array: opening one takes 20 us, so
+    none is kept."""
+    with reading(path, "a staged array"):
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = math.prod(shape)
+        offset = len(memory) - count * np.dtype(dtype).itemsize
+        if offset % 64 or not 64 <= offset <= 4096:  # the header, whose facts are in the index
+            raise UserError(
+                f"{path}: its size is not that of {shape} {dtype}; delete it and stage again"
+            )
+        return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+def _rgb_facts(index: dict[str, Any], path: Path) -> RgbFacts:
+    """What an index (at `path`) says of the RGB. Version 1 knew uint8 in linear light alone."""
+    if index["version"] == 1:
+        return RgbFacts()
+    dtype, encoding = index["rgb"]["dtype"], index["rgb"]["encoding"]
+    if dtype not in RGB_DTYPES or encoding not in RGB_ENCODINGS:
+        raise UserError(
+            f"{path}: RGB is {dtype} {encoding}, not uint8 or uint16, linear or srgb; stage again"
+        )
+    return RgbFacts(dtype, encoding, index["rgb"]["camera"])
+
+
+class StagedScenes(Scenes):
+    """A split of a staged folder, whose index.json is of version 1 or 2."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.root = root
+        path = root / "index.json"
+        with reading(path, "the index of a staged folder"):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            version = index.get("version")
+            if index.get("format") != INDEX_FORMAT or version not in (1, INDEX_VERSION):
+                raise UserError(
+                    f"{path}: not the index of a staged folder of version 1 or 2; stage it again"
+                )
+            self.entries = index["splits"].get(split, [])
+            self.bands = index["bands"]
+            self.settings = index.get("settings", {})
+            self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
+            self.rgb = _rgb_facts(index, path)
+            for entry in self.entries:
+                if "cube" not in entry:
+                    raise UserError(f"{root}: split {split} has no cubes; choose train or val")
+                if entry["shape"][2] != self.bands:
+                    raise UserError(
+                        f"{root / entry['cube']}: {entry['shape'][2]} bands, "
+                        f"the others have {self.bands}"
+                    )
+            self.names = [entry["name"] for entry in self.entries]
+            self.shapes = [tuple(entry["shape"][:2]) for entry in self.entries]
+            if {entry["dtype"] for entry in self.entries} == {"float16"}:
+                self.dtype = "float16"
+        for scene in range(len(self.names)):  # missing and cut files show now, not in a run's midst
+            self.arrays(scene)
+
+    def arrays(self, scene: int) -> Frame:
+        entry, shape = self.entries[scene], self.shapes[scene]
+        cube = _mapped(self.root / entry["cube"], (*shape, self.bands), entry["dtype"])
+        rgb = _mapped(self.root / entry["rgb"], (*shape, 3), self.rgb.dtype)
+        return Frame(cube, rgb, tuple(entry["rgb_range"]))
+
+
+class RawScenes(Scenes):
+    """A split of a raw ARAD-1K folder. A patch is one hyperslab of its HDF5 file."""
+
+    def __init__(self, root: Path, split: str, key: str | None, axes: str | None) -> None:
+        self.key = key
+        self.axes = axes
+        self.rgb = RgbFacts()
+        self.names, self.shapes, self.wavelengths = [], [], []
+        self.bands = 0
+        self.cube_paths: list[Path] = []
+        self.rgb_paths: list[Path] = []
+        self.stored: dict[int, StoredCube] = {}  # the other scenes decode only as a whole
+        self.images: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
+        for name, cube_path, rgb_path in find_scenes(root)[split]:
+            if cube_path is None:
+                raise UserError(f"{root}: split {split} has no cubes; choose train or val")
+            if rgb_path is None:
+                image = root / "Train_RGB" / f"{name}.jpg"
+                raise UserError(f"{image}: no such image; add it, or stage with --render-rgb")
+            self.names.append(name)
+            self.cube_paths.append(cube_path)
+            self.rgb_paths.append(rgb_path)
+            self._inspect(cube_path, rgb_path)
+
+    def _inspect(self, path: Path, rgb_path: Path) -> None:
+        """Note shape, layout and bands of the next scene, from its files' headers where they have
+        them."""
+        scene = len(self.shapes)
+        with reading(rgb_path, "an RGB image"), Image.open(rgb_path) as image:
+            shape = (image.height, image.width)
+        self.shapes.append(shape)
+        stored = find_stored_cube(path, self.key, self.axes, self.bands or None, shape)
+        if stored is not None:
+            self.stored[scene] = stored
+            self.bands = stored.bands
+        elif not self.bands:
+            self.bands = self.arrays(scene).cube.shape[2]
+        nm = bands_known(read_wavelengths(path), self.bands, path)
+        self.wavelengths = self.wavelengths or nm
+        check_wavelengths(nm, self.wavelengths, path)
+
+    def check_lazy(self) -> None:
+        """UserError unless a patch of each scene can be read by itself."""
+        for scene, path in enumerate(self.cube_paths):
+            if scene not in self.stored:
+                raise UserError(
+                    f"{path}: not MATLAB v7.3, decodes only as a whole; "
+                    "stage it or use --memory_mode float16"
+                )
+
+    def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""
+        if scene not in self.images:
+            rgb = read_rgb(self.rgb_paths[scene])
+            kept = sum(image.nbytes for image, _ in self.images.values())
+            while self.images and rgb.nbytes + kept > IMAGE_BYTES:
+                oldest, _ = self.images.pop(next(iter(self.images)))
+                kept -= oldest.nbytes
+            self.images[scene] = rgb, (int(rgb.min()), int(rgb.max()))
+        return self.images[scene]
+
+    def arrays(self, scene: int) -> Frame:
+        path = self.cube_paths[scene]
+        bands, shape = self.bands or None, self.shapes[scene]
+        cube = read_cube(path, key=self.key, axes=self.axes, bands=bands, rgb_shape=shape)
+        check_cube(cube, path)
+        return Frame(cube, *self.image(scene))
+
+    def copy_patch(
+        self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray
+    ) -> tuple[int, int]:
+        if self.frames:
+            return super().copy_patch(scene, top, left, cube, rgb)
+        rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
+        stored = self.stored[scene]
+        cube[...] = read_window(stored, rows, cols)
+        check_cube(cube, stored.path, constant_bands=False)
+        image, rgb_range = self.image(scene)
+        rgb[...] = image[rows, cols]
+        return rgb_range
+
+
+# --- a staged folder, written
+
+
+def save_array(path: Path, array: np.ndarray) -> str:
+    """Write an array as .npy; -> the file's SHA-256."""
+    memory = io.BytesIO()
+    np.save(memory, array)
+    atomic_write(path, lambda file: file.write(memory.getbuffer()))
+    return hashlib.sha256(memory.getbuffer()).hexdigest()
+
+
+def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
+    """Shape and statistics by band of a cube (H, W, bands), and its grid of patches (rows,
+    columns)."""
+    return {
+        "shape": list(cube.shape),
+        "range": [cube.min(), cube.max()],
+        "min": cube.min((0, 1)),
+        "max": cube.max((0, 1)),
+        "mean": cube.mean((0, 1), np.float64),
+        "std": cube.std((0, 1), np.float64),
+        "zeros": np.mean(cube == 0),
+        "grid": list(grid),
+        "patches": grid[0] * grid[1],
+    }
+
+
+def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) -> dict[str, Any]:
+    """How the photos are stored, how their light is encoded, and which camera saw them: `given` the
+    ones that came with the data, the settings' the ones that were rendered; None where unknown or
+    mixed."""
+    dtypes: dict[str, str] = {}  # and a photo that has it
+    cameras = set()
+    for entry in entries:
+        dtypes.setdefault(entry.get("rgb_dtype", "uint8"), entry["rgb"])
+        cameras.add(settings["camera"] if entry.get("rendered") else given)
+    if len(dtypes) > 1:
+        found = ", ".join(f"{dtype} ({path})" for dtype, path in dtypes.items())
+        raise UserError(f"photos are stored in more than one way: {found}; stage them apart")
+    return {
+        "dtype": next(iter(dtypes)),
+        "encoding": settings["rgb_encoding"],
+        "camera": cameras.pop() if len(cameras) == 1 else None,
+    }
+
+
+def write_index(
+    root: Path, splits: dict[str, list[dict]], settings: dict[str, Any], camera: str | None
+) -> dict[str, Any]:
+    """index.json: what the loaders need, and the statistics of the training scenes pooled over
+    pixels. camera: of the photos that came with the data, if known."""
+    entries = [entry for split in SPLITS for entry in splits[split]]
+    index = {
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "bands": settings["bands"],
+        "wavelengths": settings["wavelengths"],
+        "rgb": rgb_facts(entries, settings, camera),
+        "settings": settings,
+        "splits": splits,
+        "statistics": _pooled_statistics(splits["train"] or splits["val"]),
+        "normalisation": {
+            "rgb": "as stored; rgb_range: of the whole frame, for per_image",
+            "cube": f"raw values / {settings['scale']:g}",
+        },
+    }
+    write_json(root / "index.json", index)
+    return index
+
+
+def _pooled_statistics(entries: list[dict]) -> dict[str, Any]:
+    """By band and by colour, of all pixels of the scenes."""
+    pixels = [entry["shape"][0] * entry["shape"][1] for entry in entries]
+    statistics = {
+        "min": np.min([entry["min"] for entry in entries], axis=0),
+        "max": np.max([entry["max"] for entry in entries], axis=0),
+    }
+    for kind in ("", "rgb_"):
+        means = np.array([entry[kind + "mean"] for entry in entries])
+        stds = np.array([entry[kind + "std"] for entry in entries])
+        mean = np.average(means, axis=0, weights=pixels)
+        square = np.average(stds**2 + means**2, axis=0, weights=pixels)
+        statistics[f"{kind}mean"] = mean
+        statistics[f"{kind}std"] = np.sqrt(np.maximum(square - mean**2, 0))
+    return statistics
+
+
+def is_intact(root: Path, entry: dict[str, Any]) -> bool:
+    """Whether the files of a scene's record are as they were written."""
+    for kind in ("cube", "rgb"):
+        if kind in entry:
+            file = root / entry[kind]
+            if not file.exists():
+                return False
+            if hashlib.sha256(file.read_bytes()).hexdigest() != entry[f"{kind}_sha256"]:
+                return False
+    return True

@@ -1,0 +1,266 @@
+"""Training runs are never lost: resume, signals, kills, folders, several ranks."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, write_raw_arad
+from training_helpers import (
+    DROP,
+    ONE_THREAD,
+    TRAINERS,
+    arguments,
+    assert_same,
+    checkpoint,
+    make_run,
+    parts,
+    start,
+    stop_after,
+)
+
+import common_utils_v32 as common
+from common_utils_v32 import UserError
+from training_runs import STOPPED, RunFolder
+
+pytestmark = pytest.mark.usefixtures("runs_in_this_process")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("stopped_at", [2, 3, 5])
+def test_resume_is_exact_also_in_the_middle_of_an_epoch(trainer, stopped_at, raw_arad, tmp_path):
+    """5 batches in groups of 2: 3 steps an epoch, the last of one batch."""
+    more = ("--accumulate_steps", 2, DROP[trainer], 0.3, "--ema_update_every", 2)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert make_run(trainer, raw_arad, whole, *more).train() == 0
+    first = make_run(trainer, raw_arad, halves, *more)
+    stop_after(first, stopped_at)
+    assert first.train() == STOPPED
+    assert checkpoint(halves)["step"] == stopped_at
+    torch.manual_seed(999)
+    assert make_run(trainer, raw_arad, halves, *more, "--resume_from", "auto").train() == 0
+    expected, found = checkpoint(whole), checkpoint(halves)
+    for state in (expected, found):
+        state.pop("settings")
+    assert_same(expected, found)
+    steps = [
+        json.loads(line)["step"]
+        for line in (halves / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("trainer, number", zip(TRAINERS, ("SIGTERM", "SIGUSR1"), strict=True))
+def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, raw_arad, tmp_path):
+    args = arguments(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 100000)
+    job = start(trainer, *args)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text(encoding="utf-8")):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(getattr(signal, number))
+    job.communicate()
+    assert job.returncode == STOPPED and checkpoint(tmp_path)["step"] > 0
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path):
+    first = make_run(trainer, raw_arad, tmp_path)
+    stop_after(first, 3)
+    assert first.train() == STOPPED
+    state = checkpoint(tmp_path)
+    common.save_checkpoint(tmp_path / "run" / "last.ckpt", state | {"best": 0.0})
+    resume = ("--resume_from", "auto")
+    again = make_run(
+        trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
+    )
+    rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
+    assert rates.keys() == {0.3, 0.0} and again.best == 0.0
+    expected = first.schedule.get_last_lr()[0] / 10
+    assert all(rate == pytest.approx(expected, rel=1e-6) for rate in rates.values())
+    assert again.schedule.base_lrs == [4e-5, 4e-5]
+    assert make_run(trainer, raw_arad, tmp_path, *resume, "--metric_floor", 0.01).best == math.inf
+    with pytest.raises(UserError, match="iteration 3 of an epoch that now has 2"):
+        make_run(trainer, raw_arad, tmp_path, *resume, "--iterations_per_epoch", 2)
+
+
+KILLED_RUNS = """
+import os, random, signal, sys, time
+import torch.utils.tensorboard
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import training_helpers as t
+trainer, data, out = sys.argv[3], *map(Path, sys.argv[4:6])
+random.seed(1)
+last, step = out / "run" / "last.ckpt", 0
+for _ in range(int(sys.argv[6])):
+    child = os.fork()
+    if not child:
+        more = ("--iterations_per_epoch", 5000, "--save_minutes", 1e-9, "--resume_from", "auto")
+        t.make_run(trainer, data, out, *more).train()
+        os._exit(1)
+    while not (last.exists() and t.checkpoint(out)["step"] > step):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert t.checkpoint(out)["step"] >= step
+    step = t.checkpoint(out)["step"]
+print(step)
+"""
+
+
+def survive_kills(trainer, data, out, count):
+    """Kill a run, which saves after every step, `count` times at random moments; each goes on from
+    the one before. -> the last step saved."""
+    command = [
+        sys.executable,
+        "-c",
+        KILLED_RUNS,
+        ROOT,
+        ROOT / "tests",
+        trainer,
+        data,
+        out,
+        str(count),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_kills_at_random_moments_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
+    assert survive_kills(trainer, raw_arad, tmp_path, 3) >= 3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_twenty_kills_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
+    assert survive_kills(trainer, raw_arad, tmp_path, 20) >= 20
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_stop_during_validation_saves_and_validates_after_the_resume(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
+    loader = run.val_loader
+
+    def interrupted():
+        for scene in loader:
+            run.stop.requested = True
+            yield scene
+
+    run.val_loader = interrupted()
+    assert run.train() == STOPPED and not (tmp_path / "run" / "best.ckpt").exists()
+    assert (
+        make_run(trainer, raw_arad, tmp_path, "--epochs", 1, "--resume_from", "auto").train() == 0
+    )
+    assert checkpoint(tmp_path, "best.ckpt")["step"] == 5
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_old_run_is_not_overwritten(trainer, raw_arad, tmp_path):
+    make_run(trainer, raw_arad, tmp_path, "--epochs", 1).train()
+    with pytest.raises(UserError, match="--resume_from auto"):
+        make_run(trainer, raw_arad, tmp_path)
+    with pytest.raises(UserError, match="nowhere.ckpt"):
+        make_run(trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "nowhere.ckpt")
+    with pytest.raises(UserError, match="best.safetensors"):
+        make_run(
+            trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "run" / "best.safetensors"
+        )
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / "last.ckpt", {"state_dict": {"a": torch.ones(2)}})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="last.ckpt: the disk is full"):
+        common.save_checkpoint(tmp_path / "last.ckpt", {"state_dict": {"a": torch.zeros(2)}})
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert common.read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"].sum() == 2
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="x.ckpt"):
+        common.read_checkpoint(tmp_path / "x.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_folders_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("HSI_LOG_DIR", "l")
+    monkeypatch.setenv("HSI_CKPT_DIR", "c")
+    folder = RunFolder.of("o", "run")
+    assert (folder.logs, folder.checkpoints) == (Path("l/run"), Path("c/run"))
+
+
+# --- several processes
+
+
+RANKS = "--iterations_per_epoch 9 --epochs 1 --accumulate_steps 2 --ema_update_every 2".split()
+
+
+@pytest.fixture(scope="module")
+def three_to_validate(tmp_path_factory):
+    return write_raw_arad(tmp_path_factory.mktemp("raw"), valid=("v", "w", "x"))
+
+
+def finish(job):
+    _, errors = job.communicate()
+    assert job.returncode == 0, errors
+
+
+def start_two(trainer, data, out, *more):
+    return start(trainer, *arguments(trainer, data, out, *RANKS, "--batch_size", 1, *more), ranks=2)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_ranks_with_half_the_batch_equal_one(trainer, three_to_validate, tmp_path):
+    finish(start_two(trainer, three_to_validate, tmp_path / "two"))
+    assert make_run(trainer, three_to_validate, tmp_path / "one", *RANKS).train() == 0
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-5)
+    assert one["metrics"]["mrae"] == pytest.approx(two["metrics"]["mrae"], abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_ranks_resume_exactly_after_a_kill(trainer, three_to_validate, tmp_path):
+    finish(start_two(trainer, three_to_validate, tmp_path / "whole"))
+    job = start_two(trainer, three_to_validate, tmp_path / "cut", "--save_minutes", 1e-6)
+    while not (tmp_path / "cut/run/last.ckpt").exists():
+        assert job.poll() is None
+        time.sleep(0.02)
+    for process in (*psutil.Process(job.pid).children(recursive=True), job):
+        process.kill()
+    job.communicate()
+    finish(start_two(trainer, three_to_validate, tmp_path / "cut", "--resume_from", "auto"))
+    cut, whole = checkpoint(tmp_path / "cut"), checkpoint(tmp_path / "whole")
+    assert_same({**cut, "settings": None}, {**whole, "settings": None})
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_torchrun_trains_on_two_ranks_and_shows_their_error(trainer, raw_arad, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    for data, good in ((raw_arad, True), (tmp_path / "missing", False)):
+        args = arguments(trainer, data, tmp_path / "out", "--epochs", 1)
+        command = [*launch, ROOT / f"{trainer}.py", *args]
+        done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+        assert (done.returncode == 0) == good
+        assert good or "missing" in done.stderr

@@ -1,0 +1,318 @@
+"""The trainers: what a run leaves, its steps, schedule, average, and the command line."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import (
+    DROP,
+    TRAINERS,
+    after_step,
+    assert_same,
+    checkpoint,
+    make_run,
+    parts,
+    settings,
+    start,
+    stop_after,
+)
+
+import common_utils_v32 as common
+from common_utils_v32 import UserError
+from spectral_evaluation import mrae
+from spectral_layers import fit_linear_spectral_path
+
+pytestmark = pytest.mark.usefixtures("runs_in_this_process")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_leaves_what_the_readme_promises(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path)
+    assert run.train() == 0
+    folder = tmp_path / "run"
+    for name in (
+        "config.json",
+        "last.ckpt",
+        "best.ckpt",
+        "best.safetensors",
+        "metrics.jsonl",
+        "summary.json",
+    ):
+        assert (folder / name).stat().st_size > 0
+    assert list(folder.glob("events.out.tfevents.*"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == (["train"] * 5 + ["val"]) * 2
+    assert {"mrae", "rmse", "psnr", "sam", "mrae_full", "metric_floor", "border"} <= lines[
+        -1
+    ].keys()
+    assert lines[0]["lr"] > 0
+    summary = common.read_json(folder / "summary.json")
+    assert (
+        summary["steps"] == 10
+        and summary["data"]["rgb_norm"] == "per_image"
+        and summary["environment"]["torch"]
+    )
+    state, weights = (
+        checkpoint(tmp_path, "best.ckpt"),
+        common.read_checkpoint(folder / "best.safetensors"),
+    )
+    assert_same(dict(sorted(state["ema"].items())), dict(sorted(weights["state_dict"].items())))
+    assert weights["data"]["wavelengths"] == list(np.linspace(400, 700, 31))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_starts_at_the_linear_map_and_gets_better(trainer, raw_arad, tmp_path):
+    run = make_run(
+        trainer, raw_arad, tmp_path, "--iterations_per_epoch", 15, "--lr", 2e-3, "--ema_decay", 0.5
+    )
+    with torch.no_grad():
+        scene = next(iter(run.val_loader))
+        before = mrae(parts(run)[0].eval()(scene.rgb), scene.cube)
+        weight, bias = fit_linear_spectral_path(*run.train_loader.spread(2**18))
+        linear = torch.einsum("oc,bchw->bohw", weight, scene.rgb) + bias[:, None, None]
+    assert before <= 1.1 * mrae(linear, scene.cube)
+    run.train()
+    assert run.best < before
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_same_seed_writes_the_same_lines_and_another_seed_others(trainer, raw_arad, tmp_path):
+    lines = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_run(
+            trainer, raw_arad, tmp_path / name, "--seed", seed, "--epochs", 1, DROP[trainer], 0.2
+        ).train()
+        text = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        measured = ("patches_per_second", "memory_gb")
+        lines.append(
+            [{k: v for k, v in json.loads(line).items() if k not in measured} for line in text]
+        )
+    assert lines[0] == lines[1] != lines[2]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_saved_settings_make_the_same_run_again(trainer, raw_arad, tmp_path):
+    module = importlib.import_module(trainer)
+    run = make_run(trainer, raw_arad, tmp_path, "--lr", 1e-3, DROP[trainer], 0.1)
+    again = common.parse_dataclass(
+        module.Settings, ["--config", str(tmp_path / "run" / "config.json")]
+    )
+    for name, value in run.settings.items():
+        assert getattr(again, name) == value or list(getattr(again, name)) == list(value), name
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_many_skipped_steps_apart_leave_the_scale_as_it_is(trainer, raw_arad, tmp_path):
+    scaler = getattr(run := make_run(trainer, raw_arad, tmp_path), "engine", run).scaler
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for _ in range(200):
+        weight.grad = scaler.scale(torch.tensor([math.nan]))
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0 and weight.item() == 1.0
+    scaler.set_growth_interval(1)  # 300,000 good steps have 150 of the usual ones
+    for _ in range(150):
+        weight.grad = scaler.scale(torch.tensor([1.0]))
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0
+    half = common.make_scaler(torch.device("cpu"), torch.float16)
+    common.restore(
+        optimizer, half, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    )
+    assert (
+        half.get_scale() == 2**16 and half.get_growth_factor() == 2
+    )  # another precision starts with its own
+
+
+def test_the_uncertainty_head_is_trained(raw_arad, tmp_path):
+    run = make_run(
+        "hsifusion_training",
+        raw_arad,
+        tmp_path,
+        "--estimate_uncertainty",
+        "--iterations_per_epoch",
+        2,
+        "--epochs",
+        1,
+    )
+    before = run.model.head.scale.weight.clone()
+    assert run.train() == 0
+    assert not torch.allclose(run.model.head.scale.weight, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_accumulated_batches_equal_one_big_batch(trainer, raw_arad, tmp_path):
+    """Three batches of 2 in groups of 2 and 1, against a batch of 4 and one of 2."""
+    weights = []
+    for name, more in (
+        ("a", ("--batch_size", 2, "--accumulate_steps", 2, "--iterations_per_epoch", 3)),
+        ("b", ("--batch_size", 4, "--iterations_per_epoch", 1)),
+    ):
+        run = make_run(
+            trainer, raw_arad, tmp_path / name, "--epochs", 1, "--optimizer", "adam", *more
+        )
+        for group in parts(run)[2].param_groups:
+            group["lr"] = group["initial_lr"] = 1e-3
+        run.schedule.step = lambda: None
+        stop_after(run, 1)
+        run.train_epoch()
+        weights.append(parts(run)[0].state_dict())
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=2e-4)
+        assert torch.equal(weights[0][key], weights[1][key]) or weights[0][key].is_floating_point()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_with_bad_gradients_is_skipped_and_a_run_of_them_stops(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 30, "--epochs", 1)
+    model, read, batches, seen = parts(run)[0], run.train_loader, [], []
+
+    def poisoned():
+        for batch in read:
+            bad = len(batches) in (2, 8, *range(9, 99))
+            batches.append(bad)
+            yield batch._replace(cube=batch.cube * math.nan) if bad else batch
+
+    class Loader:
+        set_position, __iter__ = staticmethod(read.set_position), staticmethod(poisoned)
+
+    run.train_loader, before = Loader(), {k: v.clone() for k, v in model.state_dict().items()}
+
+    def compare(_):
+        seen.append(all(torch.equal(v, before[k]) for k, v in model.state_dict().items()))
+        before.update({k: v.clone() for k, v in model.state_dict().items()})
+
+    after_step(run, compare)
+    with pytest.raises(UserError, match="not finite|in a row"):
+        run.train_epoch()
+    assert seen[:8] == [False, False, True] + [False] * 5
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_learning_rate_of_zero_leaves_weights_and_average_bit_identical(
+    trainer, raw_arad, tmp_path
+):
+    run = make_run(trainer, raw_arad, tmp_path, "--epochs", 1)
+    model, average, optimizer = parts(run)
+    run.schedule.lr_lambdas = [lambda step: 0.0] * 2
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run.train_epoch()
+    assert_same(before, dict(model.state_dict()))
+    assert_same(before, dict(average.module.state_dict()))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, tmp_path):
+    model, average, _ = parts(
+        make_run(trainer, raw_arad, tmp_path, "--ema_decay", 0.9, "--ema_update_every", 2)
+    )
+    watched, averaged = next(model.parameters()), next(average.module.parameters())
+    assert watched.data_ptr() != averaged.data_ptr()
+    expected = averaged.detach().flatten()[0].item()
+    for n in range(30):
+        with torch.no_grad():
+            watched.fill_(float(n % 7))
+        average.update_parameters(model)
+        decay = min(0.9**2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * float(n % 7)
+        assert averaged.flatten()[0].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw_arad, tmp_path):
+    module, cfg = settings(
+        trainer,
+        raw_arad,
+        tmp_path,
+        "--epochs",
+        10,
+        "--warmup_epochs",
+        2,
+        "--lr",
+        1e-3,
+        "--eta_min",
+        1e-5,
+    )
+    rates = [module.learning_rate(step, cfg, 100) for step in range(1500)]
+    assert (
+        0 < rates[0] < 1e-4
+        and max(rates) == pytest.approx(1e-3, rel=1e-2)
+        and rates.index(max(rates)) == 200
+    )
+    assert np.all(np.diff(rates[:200]) > 0) and np.all(np.diff(rates[200:]) <= 0)
+    assert rates[1000:] == [pytest.approx(1e-5)] * 500
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
+    model, _, optimizer = parts(make_run(trainer, raw_arad, tmp_path, "--weight_decay", 0.1))
+    decayed, free = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(
+        names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"]
+    )
+    assert any("temperature" in names[id(p)] for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--data_root", "missing"], "--data_root"),
+        (["--config", "c.json"], "no_such"),
+        (["--model_size", "huge"], "tiny, small, base, large"),
+        (["--epochs", "0"], "--epochs"),
+        (["--no_flag", "1"], "--no_flag"),
+    ],
+)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bad_input_is_one_line_and_exit_code_2(trainer, args, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("c.json").write_text('{"epochs": 3, "no_such": 1}', encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [trainer, *args, "--output_dir", "runs", "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        common.run_cli(importlib.import_module(trainer).main)
+    message = capsys.readouterr().err.strip().splitlines()[-1].replace("'", "")
+    assert stop.value.code == 2 and message.startswith("error: ") and named in message
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_process_with_bad_input_shows_no_traceback(trainer, tmp_path):
+    job = start(trainer, "--data_root", tmp_path / "missing")
+    _, errors = job.communicate()
+    assert job.returncode == 2 and "Traceback" not in errors and "missing" in errors
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_config_file_gives_defaults_and_the_command_line_wins(trainer, tmp_path, monkeypatch):
+    module = importlib.import_module(trainer)
+    (tmp_path / "c.json").write_text(
+        '{"epochs": 7, "lr": 0.001, "depths": [1, 2, 1], "use_amp": false}'
+    )
+    cfg = common.parse_dataclass(
+        module.Settings,
+        ["--config", str(tmp_path / "c.json"), "--epochs", "9", "--ema-decay", "0.5"],
+    )
+    assert (cfg.epochs, cfg.lr, cfg.ema_decay, cfg.use_amp, list(cfg.depths)) == (
+        9,
+        0.001,
+        0.5,
+        False,
+        [1, 2, 1],
+    )
+    assert cfg.data_root == "./data/ARAD_1K" and cfg.use_checkpoint is None
+    monkeypatch.setenv("HSI_DATA_DIR", "/elsewhere")
+    assert common.parse_dataclass(module.Settings, []).data_root == "/elsewhere"
+    assert common.parse_dataclass(module.Settings, ["--no-use-amp"]).use_amp is False

@@ -1,0 +1,205 @@
+"""What a training run keeps beside its weights: its folder, its log, the signals that stop it, and
+the states of random generators. Each trainer owns its loop; this is what both write and read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common_utils_v32 import Ranks, UserError, to_json, write_text
+
+STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
+LEFTOVER_AGE = 3600  # seconds after which a temporary file of a checkpoint is taken for a kill's
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes: <output_dir>/<name>; logs to $HSI_LOG_DIR/<name> and checkpoints to
+    $HSI_CKPT_DIR/<name> where these are set."""
+
+    logs: Path
+    checkpoints: Path
+
+    @classmethod
+    def of(cls, output_dir: str, name: str) -> RunFolder:
+        logs = os.environ.get("HSI_LOG_DIR") or output_dir
+        checkpoints = os.environ.get("HSI_CKPT_DIR") or output_dir
+        return cls(Path(logs, name), Path(checkpoints, name))
+
+    def resume_path(self, resume_from: str | None) -> Path | None:
+        """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one,
+        None for a new run. UserError where a new run would write over an old one."""
+        last = self.checkpoints / "last.ckpt"
+        if resume_from:
+            self._remove_leftovers()
+        if resume_from == "auto":
+            return last if last.exists() else None
+        if resume_from:
+            return Path(resume_from)
+        for sign in (last, self.logs / "config.json"):
+            if sign.exists():
+                raise UserError(
+                    f"{sign.parent} holds a run: give --resume_from auto to go on, or another "
+                    "--experiment_name"
+                )
+        return None
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files that a kill left, long enough ago that no run is writing them."""
+        for file in self.checkpoints.glob(".*.ckpt.*"):
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                if time.time() - file.stat().st_mtime > LEFTOVER_AGE:
+                    file.unlink()
+
+
+class RunLog:
+    """Writes metrics.jsonl and TensorBoard files, mirrored to Weights & Biases where asked; silent
+    on all ranks but 0."""
+
+    def __init__(
+        self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict
+    ) -> None:
+        self.active, self.wandb = ranks.is_main, None
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _cut_log(path, step)
+        self.lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
+        self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        if wandb_project:
+            self.wandb = _start_wandb(wandb_project, folder, settings)
+
+    def write(self, kind: str, step: int, values: dict) -> None:
+        if not self.active:
+            return
+        self.lines.write(to_json({"kind": kind, "step": step} | values) + "\n")
+        self.lines.flush()
+        scalars = {}
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                scalars[f"{kind}/{name}"] = float(value)
+        for name, number in scalars.items():
+            self.board.add_scalar(name, number, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def figure(self, name: str, step: int, figure: Any) -> None:
+        if self.wandb:
+            self.wandb.log({name: figure}, step=step)
+        if self.active:
+            self.board.add_figure(name, figure, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.lines.close()
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what a killed run logged after `step`, its last checkpoint: it is made again. The last
+    line may have been cut."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("}\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(kept))
+
+
+def _start_wandb(project: str, folder: Path, settings: dict) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb: pip install wandb, or leave --wandb away") from None
+    name = folder.name
+    return wandb.init(
+        project=project, name=name, id=name, resume="allow", config=settings, dir=str(folder)
+    )
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a run to stop; Windows has no SIGUSR1."""
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+def leave_process_group(worker: int) -> None:
+    """For a loader's workers: a launcher's signal to the trainer's process group must not end them
+    before the trainer's step ends. The default handlers stay, by which the loader ends them."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
+
+
+class StopSignal:
+    """Signals ask the loop to stop at its next safe point; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in stop_signals():
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def environment_record() -> dict:
+    """Versions, machine and git commit that a number was made with."""
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        commit = answer.stdout.strip() or None
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+    }
+
+
+def check_resumed_data(old: dict, new: dict, path: Path) -> None:
+    """UserError where a checkpoint's data facts are not this run's. One without a word on how its
+    photos were stored was trained on 8 bits of linear light."""
+    old = {"rgb_dtype": "uint8", "rgb_encoding": "linear"} | old
+    for key in ("rgb_norm", "rgb_dtype", "rgb_encoding", "wavelengths"):
+        if old.get(key) != new[key]:
+            found = f"trained with {key} {old.get(key)}, not {new[key]}"
+            raise UserError(f"--resume_from {path}: {found}")
+
+
+def rng_state() -> dict:
+    """State of this process's generators of torch, CUDA's included; set_rng_state restores it."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
