@@ -30,23 +30,21 @@ from common_utils_v32 import UserError, opt
 from scene_folders import RawScenes, Scenes, StagedScenes
 from training_runs import leave_process_group
 
+RGB_DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16}
 GRID_SETTINGS = ("patch_size", "stride", "patch_grid")  # what a grid of patches depends on
 _data = functools.partial(opt, group="data")
 # Memory of _buffer that is free, by shape and dtype.
 _free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
 
 
-def normalise_rgb(
-    rgb: Tensor, rgb_norm: str, low: float | Tensor = 0.0, high: float | Tensor = 255.0
-) -> Tensor:
+def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float | Tensor) -> Tensor:
     """RGB values -> float32. `unit` divides uint8 by 255 and uint16 by 65535, so it wants them as
     stored; `per_image` maps the whole image's [low, high] to [0, 1]."""
     if rgb_norm == "unit":
         return rgb.float() / float(torch.iinfo(rgb.dtype).max)
     if rgb_norm != "per_image":
         raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
-    width = (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
-    return (rgb.float() - low) / width
+    return (rgb.float() - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
 
 
 def patch_grid(
@@ -85,7 +83,7 @@ class DataConfig:
     batch_size: int = _data(20, "patches in a batch of one rank")
     rgb_norm: str = _data(
         "per_image",
-        "RGB to [0, 1] by the frame's min and max (MST++), or by 255",
+        "RGB to [0, 1] by the frame's min and max (MST++), or by full scale",
         choices=("per_image", "unit"),
     )
     iterations_per_epoch: int = _data(1000, "batches in an epoch; 0 = one pass over all patches")
@@ -190,7 +188,7 @@ class PatchDataset(Dataset[RawBatch]):
     def read(self, patches: np.ndarray, augment: np.ndarray) -> RawBatch:
         batch, side, scenes = len(patches), self.config.patch_size, self.scenes
         cube = _buffer((batch, side, side, scenes.bands), scenes.dtype)
-        rgb = torch.from_numpy(np.empty((batch, side, side, 3), scenes.rgb.dtype))
+        rgb = torch.empty((batch, side, side, 3), dtype=RGB_DTYPES[scenes.rgb.dtype])
         ranges = np.full((batch, 2), (0, scenes.rgb.full_scale), np.float32)
         for i, patch in enumerate(patches):
             rgb_range = scenes.copy_patch(*self.place(patch), cube[i].numpy(), rgb[i].numpy())

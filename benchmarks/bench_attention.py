@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common_utils_v32 import write_json# noqa: E402
-from sparse_attention import sparse_attention_topk_streaming# noqa: E402
+from common_utils_v32 import write_json  # noqa: E402
+from sparse_attention import sparse_attention_topk_streaming  # noqa: E402
 
 # noqa: E402
 

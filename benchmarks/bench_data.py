@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common_utils_v32 import write_json# noqa: E402
+from common_utils_v32 import write_json  # noqa: E402
 from cube_files import FIELD_BANDS
-from optimized_dataloader import DataConfig, prepare_batch, train_loader# noqa: E402
+from optimized_dataloader import DataConfig, prepare_batch, train_loader  # noqa: E402
 
 DISTINCT = 8  # scenes really written; the others are hard links to them
 BANDS = len(FIELD_BANDS)

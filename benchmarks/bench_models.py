@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from training_runs import environment_record# noqa: E402
+from training_runs import environment_record  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 if "--checkout" not in sys.argv:  # a child of --against imports the models of its own checkout

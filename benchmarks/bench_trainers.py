@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common_utils_v32 as common  # noqa: E402
-from optimized_dataloader import MSTPlusPlusLoss, prepare_batch# noqa: E402
-from training_runs import RunFolder, environment_record# noqa: E402
+from optimized_dataloader import MSTPlusPlusLoss, prepare_batch  # noqa: E402
+from training_runs import RunFolder, environment_record  # noqa: E402
 
 TRAINERS = ("hsifusion_training", "sharp_training_script_fixed")
 

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
-from optimized_dataloader import DataConfig, val_loader# noqa: E402
-from spectral_evaluation import mean_metrics, scene_metrics# noqa: E402
-from spectral_layers import fit_linear_spectral_path# noqa: E402
+from optimized_dataloader import DataConfig, val_loader  # noqa: E402
+from spectral_evaluation import mean_metrics, scene_metrics  # noqa: E402
+from spectral_layers import fit_linear_spectral_path  # noqa: E402
 
 SCENES, SIDE, SEED = 24, 256, 0
 EPOCHS, ITERATIONS = 5, 400

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
-from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader# noqa: E402
-from spectral_evaluation import mrae, psnr, rmse, sam# noqa: E402
-from training_runs import environment_record# noqa: E402
+from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
+from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
+from training_runs import environment_record  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
 RIVAL = "mst++"

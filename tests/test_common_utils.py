@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -164,3 +165,34 @@ def test_unusable_devices_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cpu"):
             common.resolve_device("cuda")
+
+
+# --- memory
+
+
+def test_free_memory_is_the_machines_within_the_limit_on_this_process(monkeypatch):
+    available = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    for limit, free in ((float("inf"), 1000), (300, 300)):
+        monkeypatch.setattr(common, "cgroup_free", lambda limit=limit: limit)
+        assert common.free_memory() == free
+
+
+def write_cgroup(folder, names, limit, usage, stat):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, usage, stat), strict=True):
+        (folder / name).write_text(f"{value}\n", encoding="utf-8")
+
+
+def test_cgroup_limits_of_both_versions_and_of_parents(tmp_path):
+    member = tmp_path / "cgroup"
+    names = ("memory.max", "memory.current", "memory.stat")
+    write_cgroup(tmp_path / "v2" / "job", names, 1000, 700, "anon 1\ninactive_file 200")
+    write_cgroup(tmp_path / "v2" / "job" / "step", names, "max", 500, "inactive_file 0")
+    member.write_text("0::/job/step\n", encoding="utf-8")
+    assert common.cgroup_free(tmp_path / "v2", member) == 500
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    write_cgroup(tmp_path / "v1" / "memory" / "job", names, 900, 100, "total_inactive_file 50")
+    member.write_text("5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n", encoding="utf-8")
+    assert common.cgroup_free(tmp_path / "v1", member) == 850
+    assert common.cgroup_free(tmp_path / "none", tmp_path / "absent") == float("inf")
