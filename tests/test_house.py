@@ -1,0 +1,65 @@
+"""The house: who may import whom, and how long files and functions may be."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+FLOORS = {
+    "common_utils_v32": 1,
+    "spectral_layers": 1,
+    "sparse_attention": 1,
+    "camera_colour": 1,
+    "cube_files": 1,
+    "hsifusion_v252_complete": 2,
+    "sharp_v322_hardened": 2,
+    "scene_folders": 2,
+    "synthetic_scenes": 2,
+    "training_runs": 2,
+    "optimized_dataloader": 3,
+    "spectral_evaluation": 3,
+    "frame_prediction": 3,
+    "dataset_setup": 4,
+    "hsifusion_training": 4,
+    "sharp_training_script_fixed": 4,
+    "sharp_inference": 4,
+}
+OPEN_TO_NEIGHBOURS = {("common_utils_v32", "UserError"), ("common_utils_v32", "opt")}
+MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
+DATA_CODE = ("cube_files", "scene_folders", "synthetic_scenes", "camera_colour", "training_runs")
+FILES = sorted(ROOT.glob("*.py"))
+
+
+def project_imports(path):
+    """(module, name) of all that a file imports from the project, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in FLOORS:
+            found |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names if alias.name in FLOORS}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_from_lower_floors_only(path):
+    floor = FLOORS[path.stem]
+    for module, name in project_imports(path):
+        shared = floor == 1 and (module, name) in OPEN_TO_NEIGHBOURS
+        assert FLOORS[module] < floor or shared, f"{path.stem} imports {name} from {module}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_imports_no_data_code(model):
+    modules = {module for module, _ in project_imports(ROOT / f"{model}.py")}
+    assert not modules & set(DATA_CODE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_and_its_functions_fit(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 50, f"{node.name} has {lines} lines"
