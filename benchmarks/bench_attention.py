@@ -1,11 +1,13 @@
-"""Time and memory of sparse attention against dense scaled_dot_product_attention, forward and backward, float32.
+"""Time and memory of sparse attention against dense scaled_dot_product_attention, forward and
+backward, float32.
 
-    python benchmarks/bench_attention.py --json attention.json              # the table with its bars, a few minutes
-    python benchmarks/bench_attention.py --quick --json quick.json          # small sizes, to see that it runs
+    python benchmarks/bench_attention.py --json attention.json     # with its bars, a few minutes
+    python benchmarks/bench_attention.py --quick --json quick.json # small, to see that it runs
 
-4 heads, width 32, ratio 0.9, two CPU threads (or CUDA with --device cuda). Times are the best of --repeats, in one
-process, dense and sparse in turn. Memory is the rise of the peak resident size over that of the inputs, each case in a
-process of its own (on CUDA: the allocator's peak). `extra` is what attention itself adds. Exit code 1 when a bar is missed.
+4 heads, width 32, ratio 0.9, two CPU threads (or CUDA with --device cuda). Times are the best of
+--repeats, in one process, dense and sparse in turn. Memory is the rise of the peak resident size
+over that of the inputs, each case in a process of its own (on CUDA: the allocator's peak). `extra`
+is what attention itself adds. Exit code 1 when a bar is missed.
 """
 
 import argparse
@@ -171,9 +173,8 @@ def main() -> int:
     for name in cases:
         print(f"{name:14s} {best[name] * 1e3:9.1f} ms  {memory[name]:8.1f} MiB extra")
     for name, value in figures.items():
-        print(
-            f"{name:30s} {value:8.3f}  (bar {BARS[name]:g}) {'ok' if value <= BARS[name] else 'MISSED'}"
-        )
+        met = "ok" if value <= BARS[name] else "MISSED"
+        print(f"{name:30s} {value:8.3f}  (bar {BARS[name]:g}) {met}")
     if args.json:
         write_json(
             args.json,

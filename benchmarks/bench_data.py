@@ -1,13 +1,16 @@
 """Speed and memory of the training loader, on scenes that it makes itself in a temporary folder.
 
-    python benchmarks/bench_data.py                                                  # all memory modes, staged and raw
-    python benchmarks/bench_data.py --mst-root ../MST-plus-plus --json data.json     # and the MST++ loader (needs cv2)
+    python benchmarks/bench_data.py                       # all memory modes, staged and raw
+    python benchmarks/bench_data.py --mst-root ../MST-plus-plus --json data.json   # and MST++'s
 
-Every figure comes from a process of its own. A patch counts when it is float32, normalised and augmented (MST++: when
-its DataLoader hands it over). The first batch is timed from a fresh loader to its first prepared batch, imports apart.
-Memory is the peak of the process over what its imports took (Linux only). Files are in the page cache, as in a run's
-second epoch. The copy rate is what one large tensor copy reaches with the same threads, in bytes copied: a loader bound
-by memory alone, which wrote each float32 once, would hand over about that many bytes a second."""
+MST++'s loader needs cv2.
+
+Every figure comes from a process of its own. A patch counts when it is float32, normalised and
+augmented (MST++: when its DataLoader hands it over). The first batch is timed from a fresh loader
+to its first prepared batch, imports apart. Memory is the peak of the process over what its imports
+took (Linux only). Files are in the page cache, as in a run's second epoch. The copy rate is what
+one large tensor copy reaches with the same threads, in bytes copied: a loader bound by memory
+alone, which wrote each float32 once, would hand over about that many bytes a second."""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ BANDS = len(FIELD_BANDS)
 
 
 def make_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A cube of blurred blocks with a little noise (so that it compresses like an image), and an RGB."""
+    """A cube of blurred blocks with a little noise (so that it compresses like an image), and an
+    RGB."""
     coarse = rng.uniform(0.02, 0.9, (height // 16 + 1, width // 16 + 1, BANDS)).astype(np.float32)
     cube = np.kron(coarse, np.ones((16, 16, 1), np.float32))[:height, :width]
     cube += rng.normal(0, 0.004, cube.shape).astype(np.float32)
@@ -104,7 +108,7 @@ def make_raw(root: Path, scenes: list, count: int) -> Path:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process image (getrusage would count the parent's before exec)."""
+    """Peak resident memory of this process (getrusage would count the parent's before exec)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
@@ -121,7 +125,8 @@ def mst_batches(mst_root: str, data_root: str, batch_size: int, workers: int):
 
 
 def measure(case: dict) -> dict:
-    """One case, in this process: seconds to the first batch, patches per second after it, peak memory."""
+    """One case, in this process: seconds to the first batch, patches per second after it, peak
+    memory."""
     torch.set_num_threads(case["threads"])
     before, start = peak_mb(), time.perf_counter()
     if case["mode"] == "mst":
@@ -273,7 +278,8 @@ def main() -> None:
         )
     facts["growth_mb"] = lazy[2]["peak_mb"] - lazy[0]["peak_mb"]
     print(
-        f"peak memory of staged lazy, {args.many} scenes over {DISTINCT}: {facts['growth_mb']:+.0f} MB"
+        f"peak memory of staged lazy, {args.many} scenes over {DISTINCT}: "
+        f"{facts['growth_mb']:+.0f} MB"
     )
     if args.json:
         write_json(args.json, facts)

@@ -1,9 +1,11 @@
-"""What a trainer's loop costs over the bare forward, backward and optimizer step: data, EMA, clipping's check, logging.
+"""What a trainer's loop costs over the bare forward, backward and optimizer step: data, EMA,
+clipping's check, logging.
 
     python benchmarks/bench_trainers.py --data_root data/staged --json trainers.json
 
-Both loops train the same model on patches of the same size, in turns on one machine, and the medians are compared. The
-bare loop has its batches in memory, prepared, and does nothing but the five lines of `bare`.
+Both loops train the same model on patches of the same size, in turns on one machine, and the
+medians are compared. The bare loop has its batches in memory, prepared, and does nothing but the
+five lines of `bare`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ inference, pictures.
     python benchmarks/demo.py --output demo
 
 Ends with a table of the held-out scenes: the linear map RGB -> bands by least squares, the same map
-fitted for least relative error, and the trained network; and with summary.json. Training takes as
+fitted for least relative error, and the trained network; and with summary.json. Training takes
 as many steps as fit BUDGET on this machine. Exits with 1 when the network is not ahead by MARGIN,
 unless the machine was too slow for ENOUGH_STEPS.
 """

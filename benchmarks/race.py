@@ -1,11 +1,14 @@
-"""Accuracy for the same training time: each model from scratch on the same patches, scored on the same full frames.
+"""Accuracy for the same training time: each model from scratch on the same patches, scored on the
+same full frames.
 
-    python benchmarks/race.py --mst-root ../MST-plus-plus --data_root data/ARAD_1K --minutes 10 --seeds 0 1 2 --json race.json
-    python benchmarks/race.py ... --folds 3        # cross-validation over the training scenes; the validation set stays unseen
+    python benchmarks/race.py --mst-root ../MST-plus-plus --data_root data/ARAD_1K \
+        --minutes 10 --seeds 0 1 2 --json race.json
+    python benchmarks/race.py ... --folds 3   # cross-validation over the training scenes
 
-Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam 4e-4 with a cosine over the time budget, MRAE with floor 1e-2,
-clip 1.0, weights as they are at the end. Fitting the spectral path counts as training time; data preparation does not,
-it is the same for all. Nothing else may run on the machine.
+Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam 4e-4 with a cosine over the time budget,
+MRAE with floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as
+training time; data preparation does not, it is the same for all. Nothing else may run on the
+machine.
 """
 
 import importlib
@@ -27,6 +30,7 @@ from training_runs import environment_record  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
 RIVAL = "mst++"
+METRICS = ("mrae", "rmse", "psnr", "sam")
 
 
 def build(name: str, size: str, mst_root: Path | None) -> torch.nn.Module:
@@ -110,7 +114,8 @@ def score(model: torch.nn.Module, scenes: list) -> dict[str, dict]:
 
 
 def splits(data_root: str, folds: int):
-    """(label, training scenes, scenes to score): the official split, or `folds` parts of the training scenes in turn."""
+    """(label, training scenes, scenes to score): the official split, or `folds` parts of the
+    training scenes in turn."""
     scenes = load(data_root, "train")
     if not folds:
         yield "val", scenes, load(data_root, "val")
@@ -124,29 +129,20 @@ def splits(data_root: str, folds: int):
 
 def table(results: list[dict]) -> str:
     """Means over scenes, seeds and folds; and their ratios to MST++."""
-    means = {
-        name: {
-            m: float(
-                np.mean([s[m] for r in results if r["model"] == name for s in r["scenes"].values()])
-            )
-            for m in ("mrae", "rmse", "psnr", "sam")
-        }
-        for name in dict.fromkeys(r["model"] for r in results)
-    }
-    lines = [
-        "| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    means: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(result["model"] for result in results):
+        mine = [result for result in results if result["model"] == name]
+        scenes = [scene for result in mine for scene in result["scenes"].values()]
+        means[name] = {metric: float(np.mean([s[metric] for s in scenes])) for metric in METRICS}
+        means[name]["steps"] = float(np.mean([result["steps"] for result in mine]))
+    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name, m in means.items():
-        steps = np.mean([r["steps"] for r in results if r["model"] == name])
-        ratio = (
-            ", ".join(f"{m[k] / means[RIVAL][k]:.3f}" for k in ("mrae", "rmse", "sam"))
-            if RIVAL in means
-            else ""
-        )
-        lines.append(
-            f"| {name} | {steps:.0f} | {m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f} | {ratio} |"
-        )
+        ratios = ""
+        if RIVAL in means:
+            ratios = ", ".join(f"{m[k] / means[RIVAL][k]:.3f}" for k in ("mrae", "rmse", "sam"))
+        scores = f"{m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f}"
+        lines.append(f"| {name} | {m['steps']:.0f} | {scores} | {ratios} |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # so that tests run well beside other work
-import training_runs  # noqa: E402 (the project is on the path now)
+import dataset_setup  # noqa: E402 (the project is on the path now)
+import training_runs  # noqa: E402
 
 BANDS = 31
 STAGED_SIZES = {"a": (40, 56), "b": (48, 32)}  # H, W of the scenes of write_staged
@@ -43,6 +44,16 @@ def write_raw_arad(
             file["bands"] = wavelengths[:, None]
         Image.fromarray(rgb).save(root / "Train_RGB" / f"{name}.jpg", quality=95)
     return root
+
+
+def run_setup(*argv):
+    return dataset_setup.main([str(argument) for argument in argv])
+
+
+def folder_bytes(root):
+    """The bytes of all files below a folder, by relative path."""
+    files = sorted(path for path in Path(root).rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -111,3 +122,21 @@ def read_index(root):
 
 def write_index(root, index):
     (root / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synthetic") / "raw"
+    run_setup(
+        "--synthetic",
+        6,
+        "--output-root",
+        root,
+        "--size",
+        "96x128",
+        "--patch-size",
+        64,
+        "--workers",
+        2,
+    )
+    return root

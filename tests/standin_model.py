@@ -1,4 +1,4 @@
-"""A small convolutional model in the place of the real ones, for tests of what is around a model."""
+"""A small convolutional model in the place of the real ones, for tests of what is around it."""
 
 import dataclasses
 

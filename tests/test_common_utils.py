@@ -1,4 +1,5 @@
-"""What the scripts share: metrics against plain NumPy (and MST++'s own code where it is at hand), command line, files."""
+"""What the scripts share: metrics against plain NumPy (and MST++'s own code where it is at hand),
+command line, files."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Preparing data: synthetic scenes, staging, splits, verification, and what happens with bad input."""
+"""Preparing data: synthetic scenes, staging, splits, verification, and bad input."""
 
 import hashlib
 import json
@@ -9,42 +9,22 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from conftest import write_raw_arad
+from conftest import folder_bytes, run_setup, write_raw_arad
 from PIL import Image
 
 import dataset_setup as ds
-from camera_colour import camera_response
 from common_utils_v32 import UserError, run_cli
 from cube_files import read_cube, read_rgb
 from optimized_dataloader import DataConfig, create_optimized_dataloaders, patch_grid
-from scene_folders import find_scenes
-from synthetic_scenes import (
-    FAMILIES,
-    WAVELENGTHS,
-    draw_illuminants,
-    draw_material,
-    reflectance,
-    synthetic_cube,
-)
+from scene_folders import find_scenes, rgb_facts
 
+NEW_IN_VERSION_2 = ("rgb_dtype", "rendered")
 SMALL = ("--patch-size", "32", "--workers", "1")
 
 
-def run(*argv):
-    return ds.main([str(a) for a in argv])
-
-
 def stage(raw, staged, *more):
-    run("--arad-root", raw, "--output-root", staged, *SMALL, *more)
+    run_setup("--arad-root", raw, "--output-root", staged, *SMALL, *more)
     return json.loads((Path(staged) / "index.json").read_text())
-
-
-def files(root):
-    return {
-        str(p.relative_to(root)): p.read_bytes()
-        for p in sorted(Path(root).rglob("*"))
-        if p.is_file()
-    }
 
 
 @pytest.fixture(autouse=True)
@@ -54,191 +34,9 @@ def no_contact_sheet(request, monkeypatch):
         monkeypatch.setattr(ds, "contact_sheet", lambda root, index: None)
 
 
-@pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
-    root = tmp_path_factory.mktemp("synthetic") / "raw"
-    run(
-        "--synthetic",
-        6,
-        "--output-root",
-        root,
-        "--size",
-        "96x128",
-        "--patch-size",
-        64,
-        "--workers",
-        2,
-    )
-    return root
-
-
 @pytest.fixture
 def raw(tmp_path):
     return write_raw_arad(tmp_path / "raw")
-
-
-# --- synthetic scenes
-
-
-def test_synthetic_scenes_are_in_the_arad_layout(synthetic):
-    names = [
-        (synthetic / "split_txt" / f"{part}_list.txt").read_text().split()
-        for part in ("train", "valid")
-    ]
-    assert [len(part) for part in names] == [5, 1] and not set(names[0]) & set(names[1])
-    assert len([*(synthetic / "Test_RGB").glob("*.jpg")]) == 2
-    with h5py.File(synthetic / "Train_Spec" / f"{names[0][0]}.mat") as file:
-        assert (
-            file["cube"].shape == (31, 128, 96) and file["cube"].dtype == np.float32
-        )  # bands, W, H: MATLAB's order
-        assert file["bands"][:].ravel().tolist() == WAVELENGTHS.tolist()
-    assert read_rgb(synthetic / "Train_RGB" / f"{names[0][0]}.jpg").shape == (96, 128, 3)
-
-
-def test_the_same_seed_gives_the_same_files_and_another_seed_others(synthetic, tmp_path):
-    small = ("--size", "64x64", "--patch-size", 64)
-    for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 2)):
-        run(
-            "--synthetic",
-            2,
-            "--output-root",
-            tmp_path / name,
-            *small,
-            "--seed",
-            seed,
-            "--workers",
-            workers,
-        )
-    a, b, c = (files(tmp_path / name) for name in "abc")
-    assert a == b
-    assert a["Train_Spec/synthetic_0001.mat"] != c["Train_Spec/synthetic_0001.mat"]
-
-
-def test_camera_and_exposure_change_the_photo_and_not_the_cube(tmp_path):
-    for name, more in (
-        ("a", ()),
-        ("b", ("--camera", "analytic2")),
-        ("c", ("--exposure", "0.5")),
-        ("d", ("--exposure", "auto")),
-    ):
-        run(
-            "--synthetic",
-            2,
-            "--output-root",
-            tmp_path / name,
-            "--size",
-            "64x64",
-            "--patch-size",
-            64,
-            "--workers",
-            1,
-            *more,
-        )
-    cubes = {(tmp_path / n / "Train_Spec" / "synthetic_0001.mat").read_bytes() for n in "abcd"}
-    a, b, c, d = (
-        read_rgb(tmp_path / n / "Train_RGB" / "synthetic_0001.jpg").astype(float) for n in "abcd"
-    )
-    assert len(cubes) == 1
-    assert np.abs(a - b).mean() > 1 and c.mean() < 0.5 * a.mean()
-    assert d.mean() == pytest.approx(0.18 * 255, rel=0.1)
-
-
-def reflectances(family, n, rng):
-    return np.stack([reflectance(draw_material(family, rng)) for _ in range(n)])
-
-
-def test_reflectances_are_smooth_within_0_and_1_and_mostly_three_dimensional():
-    """Published sets of measured reflectances keep 97 % or more of their energy in three components (Parkkinen et al., JOSA A
-    1989; Vrhel et al., Color Res. Appl. 1994); step to step, 10 nm apart, they change little."""
-    spectra = np.concatenate(
-        [reflectances(family, 150, np.random.default_rng(0)) for family in FAMILIES]
-    )
-    assert spectra.min() > 0.005 and spectra.max() < 1
-    assert np.sqrt(np.mean(np.diff(spectra, 2, axis=1) ** 2)) < 0.02
-    energy = np.linalg.svd(spectra, compute_uv=False) ** 2
-    assert 0.97 < energy[:3].sum() / energy.sum() < 0.999
-
-
-def test_scenes_have_natural_statistics():
-    cubes = np.stack([synthetic_cube(np.random.default_rng([7, i]), 96, 96) for i in range(12)])
-    assert cubes.dtype == np.float32 and cubes.min() > 0 and cubes.max() <= 1
-    assert (
-        0.05 < cubes.mean() < 0.25
-        and 0.15 < (cubes < 0.05).mean() < 0.6
-        and 0.001 < (cubes > 0.5).mean() < 0.1
-    )
-    pixels = cubes.reshape(-1, 31)[::7].astype(float)
-    energy = np.linalg.eigvalsh(np.cov(pixels.T))[::-1]
-    assert 0.92 < energy[:3].sum() / energy.sum() < 0.995 and energy[0] / energy.sum() < 0.9
-    edges = np.abs(np.diff(cubes.mean(-1), axis=2))  # dead leaves: most steps small, some large
-    assert np.quantile(edges, 0.99) > 10 * np.median(edges)
-
-
-def test_metamers_of_two_families_look_alike_but_have_other_spectra_and_other_textures():
-    response, rng = camera_response("analytic", WAVELENGTHS), np.random.default_rng(0)
-    leaves, plastics = (reflectances(family, 1500, rng) for family in ("foliage", "plastic"))
-    rgb = [spectra @ response for spectra in (leaves, plastics)]
-    distance = np.abs(rgb[0][:, None] - rgb[1][None]).max(-1) / rgb[0].mean(-1)[:, None]
-    pairs = np.argwhere(
-        distance < 0.05
-    )  # no camera channel differs by more than 5 % of the brightness
-    cosine = (leaves[pairs[:, 0]] * plastics[pairs[:, 1]]).sum(-1)
-    cosine /= np.linalg.norm(leaves[pairs[:, 0]], axis=-1) * np.linalg.norm(
-        plastics[pairs[:, 1]], axis=-1
-    )
-    angles = np.degrees(np.arccos(cosine))
-    assert len(pairs) >= 5 and angles.max() > 12 and np.median(angles) > 6
-    assert FAMILIES["foliage"][2] != FAMILIES["plastic"][2]
-
-
-def test_illuminants_are_of_several_kinds_and_ambient_light_has_another_colour():
-    rng = np.random.default_rng(0)
-    outdoor, indoor = (
-        np.array([draw_illuminants(where, rng) for _ in range(40)]) for where in (True, False)
-    )
-    assert outdoor.min() > 0 and outdoor.max() <= 1
-    blue_to_red = indoor[:, 0, 5] / indoor[:, 0, 25]
-    assert blue_to_red.min() < 0.6 and blue_to_red.max() > 1
-    assert (
-        outdoor[:, 1, 3] / outdoor[:, 1, 27] > 1.2 * outdoor[:, 0, 3] / outdoor[:, 0, 27]
-    ).all()  # the sky is bluer
-
-
-def test_a_synthetic_folder_is_not_overwritten_by_other_settings(synthetic, tmp_path):
-    before = files(synthetic)
-    with pytest.raises(UserError, match="seed 0, not 5"):
-        run(
-            "--synthetic",
-            6,
-            "--output-root",
-            synthetic,
-            "--size",
-            "96x128",
-            "--patch-size",
-            64,
-            "--seed",
-            5,
-        )
-    run(
-        "--synthetic",
-        6,
-        "--output-root",
-        synthetic,
-        "--size",
-        "96x128",
-        "--patch-size",
-        64,
-        "--workers",
-        1,
-    )
-    assert files(synthetic) == before
-    (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds other things"):
-        run("--synthetic", 2, "--output-root", tmp_path)
-    for bad in (("--synthetic", 1), ("--synthetic", 4, "--size", "100x90")):
-        with pytest.raises(UserError, match="--size"):
-            run(*bad, "--output-root", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 # --- staging
@@ -342,7 +140,7 @@ def test_a_stopped_staging_carries_on_and_gives_the_same_folder(raw, tmp_path, m
     kept = (stopped / "train" / "a.cube.npy").stat().st_mtime_ns
     stage(raw, stopped)
     assert (stopped / "train" / "a.cube.npy").stat().st_mtime_ns == kept
-    assert files(stopped) == files(whole)
+    assert folder_bytes(stopped) == folder_bytes(whole)
 
 
 def test_a_changed_raw_file_is_staged_again(raw, tmp_path):
@@ -375,13 +173,13 @@ def test_scenes_of_other_wavelengths_are_refused(raw, tmp_path):
 
 
 def test_a_damaged_staged_file_is_staged_again(raw, tmp_path):
-    before = stage(raw, tmp_path / "staged") and files(tmp_path / "staged")
+    before = stage(raw, tmp_path / "staged") and folder_bytes(tmp_path / "staged")
     with (tmp_path / "staged" / "train" / "b.rgb.npy").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    assert files(tmp_path / "staged") != before
+    assert folder_bytes(tmp_path / "staged") != before
     stage(raw, tmp_path / "staged")
-    assert files(tmp_path / "staged") == before
+    assert folder_bytes(tmp_path / "staged") == before
 
 
 @pytest.mark.parametrize(
@@ -389,10 +187,10 @@ def test_a_damaged_staged_file_is_staged_again(raw, tmp_path):
 )
 def test_a_folder_staged_with_other_settings_is_refused_and_left_as_it_is(raw, tmp_path, flag):
     stage(raw, tmp_path / "staged")
-    before = files(tmp_path / "staged")
+    before = folder_bytes(tmp_path / "staged")
     with pytest.raises(UserError, match=f"{flag[0][2:].replace('-', '_')} .*, not .*--output-root"):
         stage(raw, tmp_path / "staged", *flag)
-    assert files(tmp_path / "staged") == before
+    assert folder_bytes(tmp_path / "staged") == before
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(raw, tmp_path, monkeypatch, capsys):
@@ -475,7 +273,7 @@ def test_a_defect_is_one_line_that_names_the_file_and_leaves_no_half_scene(raw, 
     with pytest.raises(UserError, match=message) as error:
         stage(raw, tmp_path / "staged")
     assert "\n" not in str(error.value)
-    staged = files(tmp_path / "staged") if (tmp_path / "staged").exists() else {}
+    staged = folder_bytes(tmp_path / "staged") if (tmp_path / "staged").exists() else {}
     assert not [name for name in staged if "index" in name or "/." in name]
     complete = {name[:-5] for name in staged if name.endswith(".json") and "/" in name}
     assert complete <= {f"train/{n}" for n in "abc"} | {"val/v"}
@@ -486,17 +284,17 @@ def test_verify_only_prints_the_problem_in_a_table_writes_nothing_and_returns_1(
     raw, defect, capsys
 ):
     message = defect(raw)
-    before = files(raw)
-    assert run("--arad-root", raw, "--verify-only", "--workers", 1) == 1
+    before = folder_bytes(raw)
+    assert run_setup("--arad-root", raw, "--verify-only", "--workers", 1) == 1
     out = capsys.readouterr().out
     assert (
         "PROBLEM" in out and "4 scenes, 1 with problems" in out and out.count("96 x 80 x 31") >= 3
     )
-    assert message.split(".*")[-1] in out and files(raw) == before
+    assert message.split(".*")[-1] in out and folder_bytes(raw) == before
 
 
 def test_verify_only_returns_0_when_all_is_well(raw, capsys):
-    assert run("--arad-root", raw, "--verify-only", "--workers", 2) == 0
+    assert run_setup("--arad-root", raw, "--verify-only", "--workers", 2) == 0
     assert "4 scenes, 0 with problems" in capsys.readouterr().out
 
 
@@ -553,7 +351,9 @@ def cubes(tmp_path):
 
 
 def stage_cubes(cubes, staged, *more):
-    run("--cubes", cubes, "--output-root", staged, *SMALL, "--scale", 200, "--render-rgb", *more)
+    run_setup(
+        "--cubes", cubes, "--output-root", staged, *SMALL, "--scale", 200, "--render-rgb", *more
+    )
     return json.loads((staged / "index.json").read_text())
 
 
@@ -564,16 +364,14 @@ def test_cubes_of_other_bands_are_scaled_rendered_and_split_by_seed(cubes, tmp_p
     assert 0.99 < max(index["statistics"]["max"]) <= 1
     mean = np.mean(index["statistics"]["rgb_mean"])
     assert mean == pytest.approx(0.18 * 255, rel=0.1)  # automatic exposure
-    names = {e["name"] for e in index["splits"]["val"]}
-    again, other = (
-        stage_cubes(cubes, tmp_path / n, "--val-fraction", "0.3", "--split-seed", s)
-        for n, s in (("b", 0), ("c", 1))
-    )
-    assert (
-        {e["name"] for e in again["splits"]["val"]}
-        == names
-        != {e["name"] for e in other["splits"]["val"]}
-    )
+
+    def drawn(folder, seed):
+        flags = ("--val-fraction", "0.3", "--split-seed", seed)
+        staged = stage_cubes(cubes, tmp_path / folder, *flags)
+        return {entry["name"] for entry in staged["splits"]["val"]}
+
+    first = {entry["name"] for entry in index["splits"]["val"]}
+    assert drawn("b", 0) == first != drawn("c", 1)
     assert len(stage_cubes(cubes, tmp_path / "d")["splits"]["val"]) == 1
 
 
@@ -613,8 +411,8 @@ def test_key_and_axes_are_used_and_wavelengths_asked_for(tmp_path):
         np.savez(folder / f"c{i}.npz", first=cube.transpose(2, 0, 1) / 2, second=cube)
     flags = ("--render-rgb", "--cube-key", "first", "--axes", "chw")
     with pytest.raises(UserError, match="--wavelengths"):
-        run("--cubes", folder, "--output-root", tmp_path / "s", *SMALL, *flags)
-    run(
+        run_setup("--cubes", folder, "--output-root", tmp_path / "s", *SMALL, *flags)
+    run_setup(
         "--cubes",
         folder,
         "--output-root",
@@ -651,7 +449,7 @@ def test_a_cave_folder_is_staged_with_its_picture(tmp_path):
         Image.fromarray(rng.integers(0, 255, (40, 48, 3)).astype(np.uint8)).save(
             inner / f"{scene.removesuffix('_ms')}_RGB.bmp"
         )
-    run(
+    run_setup(
         "--cave-root",
         tmp_path / "cave",
         "--output-root",
@@ -666,3 +464,52 @@ def test_a_cave_folder_is_staged_with_its_picture(tmp_path):
     expected = planes[f"{entry['name']}_ms"].transpose(1, 2, 0) / 65535
     assert np.load(tmp_path / "staged" / entry["cube"]) == pytest.approx(expected, abs=1e-6)
     assert entry["rgb_range"][1] > 240 and index["wavelengths"][0] == 400
+
+
+# --- how photos are stored and encoded
+
+
+def test_the_index_says_how_photos_are_stored_encoded_and_by_whom(raw, tmp_path):
+    index = stage(raw, tmp_path / "a")
+    assert index["version"] == 2
+    assert index["rgb"] == {"dtype": "uint8", "encoding": "linear", "camera": None}
+    index = stage(raw, tmp_path / "b", "--rgb-encoding", "srgb")
+    assert index["rgb"]["encoding"] == "srgb"
+    index = stage(raw, tmp_path / "c", "--render-rgb", "all", "--camera", "nikon5100")
+    assert index["rgb"] == {"dtype": "uint8", "encoding": "linear", "camera": "nikon5100"}
+
+
+def test_photos_of_which_some_were_rendered_have_no_one_camera(raw, tmp_path):
+    next((raw / "Train_RGB").iterdir()).unlink()
+    assert stage(raw, tmp_path / "a", "--render-rgb")["rgb"]["camera"] is None
+
+
+def test_the_camera_of_synthetic_scenes_is_known(synthetic, tmp_path):
+    assert stage(synthetic, tmp_path / "staged")["rgb"]["camera"] == "analytic"
+
+
+def test_rendered_photos_cannot_be_called_srgb(raw, tmp_path):
+    with pytest.raises(UserError, match="--rgb-encoding srgb: scene .* is rendered"):
+        stage(raw, tmp_path / "a", "--render-rgb", "all", "--rgb-encoding", "srgb")
+
+
+def test_photos_stored_in_two_ways_are_refused_by_name():
+    entries = [{"rgb": "train/a.rgb.npy"}, {"rgb": "train/b.rgb.npy", "rgb_dtype": "uint16"}]
+    with pytest.raises(UserError, match="uint8 .train/a.rgb.npy., uint16 .train/b.rgb.npy."):
+        rgb_facts(entries, {"rgb_encoding": "linear", "camera": "analytic"}, None)
+
+
+def test_a_folder_of_version_1_is_carried_on_and_becomes_version_2(raw, tmp_path, capsys):
+    staged = tmp_path / "staged"
+    stage(raw, staged)
+    before = folder_bytes(staged / "train")
+    settings = json.loads((staged / "settings.json").read_text())
+    del settings["rgb_encoding"]
+    (staged / "settings.json").write_text(json.dumps(settings))
+    for path in staged.glob("*/*.json"):
+        entry = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in entry.items() if k not in NEW_IN_VERSION_2}))
+    assert stage(raw, staged)["rgb"] == {"dtype": "uint8", "encoding": "linear", "camera": None}
+    assert "(0 were there)" not in capsys.readouterr().out.splitlines()[-1]
+    arrays = {name for name in before if name.endswith(".npy")}
+    assert all(folder_bytes(staged / "train")[name] == before[name] for name in arrays)

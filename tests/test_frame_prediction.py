@@ -1,4 +1,5 @@
-"""The tiler: the full frame's output where the model is local, exact where it is constant, in bounded memory."""
+"""The tiler: the full frame's output where the model is local, exact where it is constant, in
+bounded memory."""
 
 import json
 import subprocess

@@ -221,7 +221,8 @@ def test_window_merge_gradcheck():
 
 
 def test_window_padding_is_masked():
-    """Window attention of a 10 x 13 frame equals attention computed window by window over the real tokens alone."""
+    """Window attention of a 10 x 13 frame equals attention computed window by window over the real
+    tokens alone."""
     torch.manual_seed(0)
     attention = hsi.WindowAttention(LightningProConfig(), 16, 16, 2).double()
     x = torch.randn(1, 10, 13, 16, dtype=torch.float64)

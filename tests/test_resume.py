@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -212,12 +213,23 @@ def test_folders_follow_the_environment(monkeypatch):
 # --- several processes
 
 
-RANKS = "--iterations_per_epoch 9 --epochs 1 --accumulate_steps 2 --ema_update_every 2".split()
+RANKS = shlex.split("--iterations_per_epoch 9 --epochs 1 --accumulate_steps 2 --ema_update_every 2")
 
 
 @pytest.fixture(scope="module")
 def three_to_validate(tmp_path_factory):
     return write_raw_arad(tmp_path_factory.mktemp("raw"), valid=("v", "w", "x"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(three_to_validate, tmp_path_factory):
+    """The checkpoint of a whole run of two ranks, by trainer."""
+    whole = {}
+    for trainer in TRAINERS:
+        out = tmp_path_factory.mktemp("two")
+        finish(start_two(trainer, three_to_validate, out))
+        whole[trainer] = checkpoint(out)
+    return whole
 
 
 def finish(job):
@@ -230,27 +242,25 @@ def start_two(trainer, data, out, *more):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_two_ranks_with_half_the_batch_equal_one(trainer, three_to_validate, tmp_path):
-    finish(start_two(trainer, three_to_validate, tmp_path / "two"))
-    assert make_run(trainer, three_to_validate, tmp_path / "one", *RANKS).train() == 0
-    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+def test_two_ranks_with_half_the_batch_equal_one(trainer, three_to_validate, two_ranks, tmp_path):
+    assert make_run(trainer, three_to_validate, tmp_path, *RANKS).train() == 0
+    one, two = checkpoint(tmp_path), two_ranks[trainer]
     for key, value in one["state_dict"].items():
         torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-5)
     assert one["metrics"]["mrae"] == pytest.approx(two["metrics"]["mrae"], abs=1e-5)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_two_ranks_resume_exactly_after_a_kill(trainer, three_to_validate, tmp_path):
-    finish(start_two(trainer, three_to_validate, tmp_path / "whole"))
-    job = start_two(trainer, three_to_validate, tmp_path / "cut", "--save_minutes", 1e-6)
-    while not (tmp_path / "cut/run/last.ckpt").exists():
+def test_two_ranks_resume_exactly_after_a_kill(trainer, three_to_validate, two_ranks, tmp_path):
+    job = start_two(trainer, three_to_validate, tmp_path, "--save_minutes", 1e-6)
+    while not (tmp_path / "run/last.ckpt").exists():
         assert job.poll() is None
         time.sleep(0.02)
     for process in (*psutil.Process(job.pid).children(recursive=True), job):
         process.kill()
     job.communicate()
-    finish(start_two(trainer, three_to_validate, tmp_path / "cut", "--resume_from", "auto"))
-    cut, whole = checkpoint(tmp_path / "cut"), checkpoint(tmp_path / "whole")
+    finish(start_two(trainer, three_to_validate, tmp_path, "--resume_from", "auto"))
+    cut, whole = checkpoint(tmp_path), two_ranks[trainer]
     assert_same({**cut, "settings": None}, {**whole, "settings": None})
 
 

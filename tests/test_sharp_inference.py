@@ -1,4 +1,5 @@
-"""Images to cubes: files that others open, the training normalisation, any size and mode, one line for bad input."""
+"""Images to cubes: files that others open, the training normalisation, any size and mode, one line
+for bad input."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,5 @@
-"""The job templates under a real Slurm of two nodes (tests/slurm/setup.sh): to the end, preempted, cancelled."""
+"""The job templates under a real Slurm of two nodes (tests/slurm/setup.sh): to the end, preempted,
+cancelled."""
 
 import json
 import os
@@ -66,7 +67,7 @@ RUN = [
     "--log_interval",
     "5",
 ]
-# In the place of python: notes what it was started with, and stops at a signal as the launcher does.
+# In the place of python: notes what it was started with; stops at a signal as the launcher does.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$NOTES/arguments"; env >"$NOTES/environment"
 [[ -z ${STAND_IN_CODE:-} ]] || exit "$STAND_IN_CODE"
@@ -157,7 +158,8 @@ class Slurm:
         return self.show(job)
 
     def make_room(self, node):
-        """A short job of the higher partition, which needs more of the node's 8 CPUs than a job with 4 leaves."""
+        """A short job of the higher partition, which needs more of the node's 8 CPUs than a job
+        with 4 leaves."""
         self.call(
             "sbatch",
             "--partition=high",
@@ -169,7 +171,8 @@ class Slurm:
 
 
 def text(job):
-    """The job's log; writes of several processes meet in it, also inside a character of a progress bar."""
+    """The job's log; writes of several processes meet in it, also inside a character of a progress
+    bar."""
     return job.log.read_text(errors="replace") if job.log.exists() else "it wrote no log"
 
 

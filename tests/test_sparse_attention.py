@@ -1,4 +1,5 @@
-"""Sparse attention: exact against a dense masked reference, bounded in memory, two-dimensional where it is local."""
+"""Sparse attention: exact against a dense masked reference, bounded in memory, two-dimensional
+where it is local."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Evaluation: the layout that hsi_viz_suite reads, metrics of the unclamped output, ranks that agree."""
+"""Evaluation: the layout that hsi_viz_suite reads, metrics of the unclamped output, ranks that
+agree."""
 
 import csv
 import json

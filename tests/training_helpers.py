@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,15 @@ from common_utils_v32 import Ranks
 from training_runs import RunFolder
 
 SMALL = {
-    "hsifusion_training": "--base_channels 16 --depths 1 1 1 --num_heads 2 2 2".split(),
-    "sharp_training_script_fixed": "--base_dim 16 --depths 1 1 1 --heads 1 1 1".split(),
+    "hsifusion_training": shlex.split("--base_channels 16 --depths 1 1 1 --num_heads 2 2 2"),
+    "sharp_training_script_fixed": shlex.split("--base_dim 16 --depths 1 1 1 --heads 1 1 1"),
 }
 DROP = {"hsifusion_training": "--drop_path", "sharp_training_script_fixed": "--drop_path_rate"}
 TRAINERS = list(SMALL)
-BASE = (
+BASE = shlex.split(
     "--model_size tiny --patch_size 64 --batch_size 2 --iterations_per_epoch 5 --epochs 2 "
     "--warmup_epochs 0.5 --num_workers 0 --log_interval 1 --device cpu"
-).split()
+)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -44,7 +45,8 @@ def make_run(trainer, data, out, *more):
 
 
 def parts(run):
-    """What a trainer trains: model, averaged weights, optimizer. SHARP's trainer keeps them in its step engine."""
+    """What a trainer trains: model, averaged weights, optimizer. SHARP's trainer keeps them in its
+    step engine."""
     owner = getattr(run, "engine", run)
     return owner.model, owner.average, owner.optimizer
 
