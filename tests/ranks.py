@@ -9,7 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch.utils.tensorboard  # noqa: E402, F401 (imported once, not by each rank)
+# Imported once, not by each rank: an optimizer imports the compiler.
+import torch._dynamo  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402, F401
 
 from common_utils_v32 import run_cli  # noqa: E402
 

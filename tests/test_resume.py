@@ -94,7 +94,7 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
 
 KILLED_RUNS = """
 import os, random, signal, sys, time
-import torch.utils.tensorboard
+import torch._dynamo, torch.utils.tensorboard
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import training_helpers as t

@@ -177,35 +177,14 @@ def test_ranks_together_give_the_numbers_of_one(tmp_path, scenes):
     )
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import frame_prediction, sharp_inference\n"
+        "import frame_prediction, ranks\n"
         "frame_prediction.FACTORIES['hsifusion'] = ('standin_model', 'create')\n"
-        "sharp_inference.main()\n"
+        "ranks.main()\n"
     )
-    (tmp_path / "main.py").write_text(code)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    subprocess.run(
-        [
-            *launcher,
-            tmp_path / "main.py",
-            "--checkpoint",
-            checkpoint,
-            "--evaluate",
-            "--data_root",
-            scenes,
-            "--output",
-            tmp_path / "two",
-        ],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    flags = ["--checkpoint", checkpoint, "--evaluate", "--data_root", scenes]
+    command = [sys.executable, "-c", code, "sharp_inference", "2", *flags]
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([*command, "--output", tmp_path / "two"], check=True, env=env)
     assert (tmp_path / "one/metrics.csv").read_text() == (tmp_path / "two/metrics.csv").read_text()
     one, two = (
         json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")

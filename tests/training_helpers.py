@@ -16,7 +16,9 @@ from training_runs import RunFolder
 
 SMALL = {
     "hsifusion_training": shlex.split("--base_channels 16 --depths 1 1 1 --num_heads 2 2 2"),
-    "sharp_training_script_fixed": shlex.split("--base_dim 16 --depths 1 1 1 --heads 1 1 1"),
+    "sharp_training_script_fixed": shlex.split(
+        "--base_dim 16 --depths 1 1 --heads 1 1 --mlp_ratios 1 1"
+    ),
 }
 DROP = {"hsifusion_training": "--drop_path", "sharp_training_script_fixed": "--drop_path_rate"}
 TRAINERS = list(SMALL)
