@@ -116,7 +116,7 @@ class Slurm:
             [str(a) for a in args],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
             cwd=ROOT,
             env=self.environment | environment,
         )
@@ -176,7 +176,7 @@ def text(job):
     return job.log.read_text(errors="replace") if job.log.exists() else "it wrote no log"
 
 
-def await_(ready, job, complaint, seconds=180):
+def await_(ready, job, complaint, seconds=600):
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, f"{complaint}:\n{text(job)[-3000:]}"
@@ -192,7 +192,7 @@ def slurm(tmp_path_factory):
         if not shutil.which(command, path=path):
             pytest.skip(f"{command} is not installed (Debian: apt-get install slurm-wlm munge)")
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([SETUP, "start", folder / "slurm"], check=True, timeout=60)
+    subprocess.run([SETUP, "start", folder / "slurm"], check=True, timeout=300)
     stand_in = folder / "stand_in"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
@@ -201,7 +201,7 @@ def slurm(tmp_path_factory):
         folder,
         clean | {"SLURM_CONF": str(folder / "slurm" / "slurm.conf"), "PYTHON": str(stand_in)},
     )
-    subprocess.run([SETUP, "stop", folder / "slurm"], check=True, timeout=60)
+    subprocess.run([SETUP, "stop", folder / "slurm"], check=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

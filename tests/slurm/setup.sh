@@ -2,24 +2,24 @@
 # A Slurm of two nodes on this machine's loopback, for the tests of the job templates. As root:
 #     tests/slurm/setup.sh start DIR     everything that it writes is in DIR; then: export SLURM_CONF=DIR/slurm.conf
 #     tests/slurm/setup.sh stop DIR
-# Needs the packages slurm-wlm and munge. The daemons end by themselves after 15 minutes.
+# Needs the packages slurm-wlm and munge. The daemons end by themselves after 30 minutes.
 # Partitions: `low`, whose jobs have 60 s before they are requeued for a job in `high`.
 
 set -Eeuo pipefail
 PATH=$PATH:/usr/sbin
 
-# Waits up to 20 s for a command to succeed.
+# Waits up to two minutes for a command to succeed.
 await() {
-  for ((i = 0; i < 200; i++)); do
+  for ((i = 0; i < 1200; i++)); do
     if "$@" 2>/dev/null; then return; fi
     sleep 0.1
   done
-  echo "error: still not so after 20 s: $* (logs: $dir/log)" >&2
+  echo "error: still not so after two minutes: $* (logs: $dir/log)" >&2
   return 1
 }
 
 daemon() {
-  timeout 900 "$@" >>"$dir/log/${1##*/}" 2>&1 </dev/null &
+  timeout 1800 "$@" >>"$dir/log/${1##*/}" 2>&1 </dev/null &
   echo $! >>"$dir/pids"
 }
 
