@@ -269,7 +269,7 @@ def test_two_ranks_resume_exactly_after_a_kill(trainer, three_to_validate, two_r
 def test_torchrun_trains_on_two_ranks_and_shows_their_error(trainer, raw_arad, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     for data, good in ((raw_arad, True), (tmp_path / "missing", False)):
-        args = arguments(trainer, data, tmp_path / "out", "--epochs", 1)
+        args = arguments(trainer, data, tmp_path / str(good), "--epochs", 1)
         command = [*launch, ROOT / f"{trainer}.py", *args]
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         assert (done.returncode == 0) == good
