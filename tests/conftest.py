@@ -3,6 +3,7 @@ Pillow alone, and a small staged one written by NumPy alone."""
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # so that tests run well beside other work
 import dataset_setup  # noqa: E402 (the project is on the path now)
 import training_runs  # noqa: E402
+from optimized_dataloader import DataConfig, RawBatch  # noqa: E402
 
 BANDS = 31
+LINEAR16 = {"dtype": "uint16", "encoding": "linear", "camera": "some camera"}
 STAGED_SIZES = {"a": (40, 56), "b": (48, 32)}  # H, W of the scenes of write_staged
 
 
@@ -140,3 +143,56 @@ def synthetic(tmp_path_factory):
         2,
     )
     return root
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory):
+    return write_staged(tmp_path_factory.mktemp("staged") / "s")
+
+
+@pytest.fixture(scope="session")
+def staged16(tmp_path_factory):
+    """The same scenes with RGB values times 257, as uint16: white stays white."""
+    return write_staged(tmp_path_factory.mktemp("staged16") / "s", rgb=LINEAR16)
+
+
+@pytest.fixture
+def broken(staged, tmp_path):
+    """A copy of the staged folder, to break."""
+    shutil.copytree(staged, tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+@pytest.fixture
+def raw_copy(raw_arad, tmp_path):
+    shutil.copytree(raw_arad, tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def config(root, **changes):
+    settings = {
+        "data_root": str(root),
+        "memory_mode": "lazy",
+        "patch_size": 16,
+        "stride": 8,
+        "batch_size": 4,
+        "iterations_per_epoch": 3,
+        "num_workers": 0,
+    }
+    return DataConfig(**settings | changes)
+
+
+def epoch_of(loader, epoch=0, iteration=0):
+    loader.set_position(epoch, iteration)
+    return [RawBatch(*(tensor.clone() for tensor in batch)) for batch in loader]
+
+
+def same(one, other):
+    """Whether two lists of batches hold the same tensors."""
+    if len(one) != len(other):
+        return False
+    for batch, twin in zip(one, other, strict=True):
+        for tensor, expected in zip(batch, twin, strict=True):
+            if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
+                return False
+    return True

@@ -19,7 +19,6 @@ from cube_files import (
     read_window,
     write_cube,
 )
-from scene_folders import find_scenes
 
 RGB_SHAPE = (20, 24, 3)
 NM = [405.0 + 10 * i for i in range(31)]
@@ -335,47 +334,3 @@ def test_a_big_photo_is_mapped_to_a_file(tmp_path, monkeypatch):
     assert isinstance(rgb, np.memmap) and np.array_equal(rgb, pixels)
     monkeypatch.delattr(cube_files.mmap, "MADV_DONTNEED", raising=False)  # as on Windows
     assert np.array_equal(read_photo(tmp_path / "a.png", tmp_path)[0], pixels)
-
-
-@pytest.mark.parametrize("text", ["b\na\n", "b\na", "b\r\na\r\n", "\ufeffb.mat\n\na.mat  \n"])
-def test_list_files_in_any_line_ending_give_the_same_scenes(raw_arad, tmp_path, text):
-    for folder in ("Train_Spec", "Train_RGB"):
-        (tmp_path / folder).symlink_to(raw_arad / folder)
-    (tmp_path / "split_txt").mkdir()
-    listing = tmp_path / "split_txt" / "train_list.txt"
-    listing.write_bytes(text.encode())
-    scenes = find_scenes(tmp_path)
-    assert [scene.name for scene in scenes["train"]] == ["a", "b"] and scenes["val"] == []
-    assert scenes["train"][0].rgb_path.name == "a.jpg"
-    assert listing.read_bytes() == text.encode()
-    (tmp_path / "split_txt" / "valid_list.txt").write_bytes(b"a")
-    with pytest.raises(UserError, match="valid_list.txt: a is a training scene"):
-        find_scenes(tmp_path)
-    listing.write_bytes(b"b\nb\n")
-    with pytest.raises(UserError, match="b is listed twice"):
-        find_scenes(tmp_path)
-
-
-def test_test_images_and_missing_scenes(raw_arad, tmp_path):
-    for folder in ("Train_Spec", "Train_RGB"):
-        (tmp_path / folder).symlink_to(raw_arad / folder)
-    (tmp_path / "Test_RGB").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "Test_RGB" / "t.png")
-    assert [scene.name for scene in find_scenes(tmp_path)["train"]] == ["a", "b", "c", "v"]
-    assert find_scenes(tmp_path)["test"][0]._replace(rgb_path=None) == ("t", None, None)
-    (tmp_path / "split_txt").mkdir()
-    (tmp_path / "split_txt" / "train_list.txt").write_bytes(b"a\ngone\n")
-    gone = find_scenes(tmp_path)["train"][1]
-    assert gone.rgb_path is None
-    with pytest.raises(UserError, match="Train_Spec/gone.mat: no such file"):
-        read_cube(gone.cube_path)
-    with pytest.raises(UserError, match="no Train_Spec"):
-        find_scenes(tmp_path / "Train_RGB")
-
-
-def test_of_two_files_for_one_scene_the_usual_suffix_wins(tmp_path):
-    for name in ("Train_Spec/s.npy", "Train_Spec/s.mat", "Train_RGB/s.png", "Train_RGB/s.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (scene,) = find_scenes(tmp_path)["train"]
-    assert (scene.cube_path.name, scene.rgb_path.name) == ("s.mat", "s.jpg")

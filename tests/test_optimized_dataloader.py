@@ -2,22 +2,29 @@
 wrote; and the training loss."""
 
 import pickle
-import shutil
 
 import h5py
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import BANDS, STAGED_SIZES, read_index, write_index, write_raw_arad, write_staged
-from PIL import Image
+from conftest import (
+    BANDS,
+    LINEAR16,
+    STAGED_SIZES,
+    config,
+    epoch_of,
+    read_index,
+    same,
+    write_index,
+    write_raw_arad,
+    write_staged,
+)
 
 import optimized_dataloader as data
 import scene_folders
 from common_utils_v32 import UserError
 from cube_files import FIELD_BANDS
 from optimized_dataloader import (
-    DataConfig,
     MSTPlusPlusLoss,
     RawBatch,
     create_optimized_dataloaders,
@@ -30,64 +37,9 @@ from optimized_dataloader import (
 )
 from scene_folders import RgbFacts
 
-LINEAR16 = {"dtype": "uint16", "encoding": "linear", "camera": "some camera"}
-
-
-@pytest.fixture(scope="session")
-def staged(tmp_path_factory):
-    return write_staged(tmp_path_factory.mktemp("staged") / "s")
-
-
-@pytest.fixture(scope="session")
-def staged16(tmp_path_factory):
-    """The same scenes with RGB values times 257, as uint16: white stays white."""
-    return write_staged(tmp_path_factory.mktemp("staged16") / "s", rgb=LINEAR16)
-
-
-@pytest.fixture
-def broken(staged, tmp_path):
-    """A copy of the staged folder, to break."""
-    shutil.copytree(staged, tmp_path / "broken")
-    return tmp_path / "broken"
-
-
-@pytest.fixture
-def raw_copy(raw_arad, tmp_path):
-    shutil.copytree(raw_arad, tmp_path / "raw")
-    return tmp_path / "raw"
-
-
-def config(root, **changes):
-    settings = {
-        "data_root": str(root),
-        "memory_mode": "lazy",
-        "patch_size": 16,
-        "stride": 8,
-        "batch_size": 4,
-        "iterations_per_epoch": 3,
-        "num_workers": 0,
-    }
-    return DataConfig(**settings | changes)
-
-
-def epoch_of(loader, epoch=0, iteration=0):
-    loader.set_position(epoch, iteration)
-    return [RawBatch(*(tensor.clone() for tensor in batch)) for batch in loader]
-
 
 def patches_of(batches):
     return torch.cat([batch.patches for batch in batches]).tolist()
-
-
-def same(one, other):
-    """Whether two lists of batches hold the same tensors."""
-    if len(one) != len(other):
-        return False
-    for batch, twin in zip(one, other, strict=True):
-        for tensor, expected in zip(batch, twin, strict=True):
-            if tensor.dtype != expected.dtype or not torch.equal(tensor, expected):
-                return False
-    return True
 
 
 def test_patch_grid_is_that_of_mst_plus_plus_or_covers_the_frame():
@@ -188,22 +140,6 @@ def test_loaders_say_what_their_rgb_is(staged, staged16, raw_arad, tmp_path):
     assert train.rgb == val.rgb == RgbFacts("uint16", "linear", "some camera")
     photos = {"dtype": "uint8", "encoding": "srgb", "camera": None}
     assert train_loader(config(write_staged(tmp_path / "s", rgb=photos))).rgb.encoding == "srgb"
-
-
-@pytest.mark.parametrize(
-    "version, rgb, words",
-    [
-        (2, LINEAR16 | {"dtype": "int16"}, "RGB is int16 linear, not uint8 or uint16"),
-        (2, LINEAR16 | {"encoding": "gamma"}, "RGB is uint16 gamma, not .* linear or srgb"),
-        (2, {"dtype": "uint8"}, "encoding"),
-        (3, LINEAR16, "version 1 or 2"),
-    ],
-)
-def test_unknown_kinds_of_rgb_name_the_index(broken, version, rgb, words):
-    write_index(broken, read_index(broken) | {"version": version, "rgb": rgb})
-    with pytest.raises(UserError, match=f"index.json: .*{words}") as caught:
-        train_loader(config(broken))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("other", [{"dtype": "uint8"}, {"encoding": "srgb"}])
@@ -332,60 +268,6 @@ def test_data_set_pickles_small_and_works_after_it(staged, raw_arad):
         assert same([pickle.loads(pickled)[0, 1]], [dataset[0, 1]])
 
 
-class CountedMap(np.ndarray):
-    """A map that notes how many bytes are taken from it."""
-
-    taken = 0
-
-    def __getitem__(self, item):
-        part = np.asarray(self)[item]
-        CountedMap.taken += part.nbytes
-        return part
-
-
-@pytest.mark.parametrize("folder, rgb_bytes", [("staged", 3), ("staged16", 6)])
-def test_staged_lazy_read_takes_only_the_patch_and_leaves_no_map_open(
-    request, monkeypatch, folder, rgb_bytes
-):
-    root = request.getfixturevalue(folder)
-    loader = train_loader(config(root))
-    mapped = scene_folders._mapped
-    monkeypatch.setattr(scene_folders, "_mapped", lambda *args: mapped(*args).view(CountedMap))
-    monkeypatch.setattr(CountedMap, "taken", 0)
-    epoch_of(loader)
-    assert CountedMap.taken == 3 * 4 * 16 * 16 * (BANDS * 2 + rgb_bytes)
-    paths = [entry.path for entry in psutil.Process().memory_maps()]
-    assert not [path for path in paths if path.startswith(str(root))]
-
-
-def test_raw_lazy_read_takes_only_the_hyperslab(raw_arad, monkeypatch):
-    loader = train_loader(config(raw_arad))
-    expected = epoch_of(train_loader(config(raw_arad, memory_mode="standard")))
-    sizes, plain = [], h5py.Dataset.astype
-
-    class Noted:
-        def __init__(self, view):
-            self.view = view
-
-        def __getitem__(self, cut):
-            part = self.view[cut]
-            sizes.append(part.size)
-            return part
-
-    monkeypatch.setattr(h5py.Dataset, "astype", lambda self, dtype: Noted(plain(self, dtype)))
-    assert same(epoch_of(loader), expected)
-    assert set(sizes) == {16 * 16 * BANDS}
-
-
-def test_raw_image_cache_is_bounded(raw_arad, monkeypatch):
-    frame = 96 * 80 * 3
-    monkeypatch.setattr(scene_folders, "IMAGE_BYTES", 2 * frame)
-    loader = train_loader(config(raw_arad, iterations_per_epoch=5))
-    epoch_of(loader)
-    kept = loader.dataset.scenes.images.values()
-    assert 0 < sum(image.nbytes for image, _ in kept) <= 2 * frame
-
-
 def test_validation_gives_whole_float32_frames(staged, raw_arad):
     scenes = {scene.name: scene for scene in val_loader(config(staged))}
     assert list(scenes) == ["a", "b"]
@@ -430,85 +312,6 @@ def test_memory_guard_names_lazy_mode_before_reading(request, monkeypatch, folde
     settings.world_size = 2
     with pytest.raises(UserError, match="lazy"):
         train_loader(settings)
-
-
-CUBE = "train/b.cube.npy"
-
-
-def test_a_missing_staged_file_is_named(broken):
-    (broken / CUBE).unlink()
-    with pytest.raises(UserError, match=f"{CUBE}: no such file"):
-        train_loader(config(broken))
-
-
-@pytest.mark.parametrize("length, words", [(-1, f"{CUBE}: its size"), (0, CUBE)])
-def test_a_cut_staged_file_is_named(broken, length, words):
-    (broken / CUBE).write_bytes((broken / CUBE).read_bytes()[:length])
-    with pytest.raises(UserError, match=words):
-        train_loader(config(broken))
-
-
-def test_a_staged_scene_of_other_bands_is_named(broken):
-    index = read_index(broken)
-    index["splits"]["train"][1]["shape"] = [48, 32, 28]
-    write_index(broken, index)
-    with pytest.raises(UserError, match=f"{CUBE}: 28 bands"):
-        train_loader(config(broken))
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [("{", "index.json: cannot be read"), ('{"format": "other"}', "index.json: not the index")],
-)
-def test_a_damaged_index_is_named(broken, text, words):
-    (broken / "index.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=words):
-        train_loader(config(broken))
-
-
-def test_folders_and_splits_without_scenes_are_named(staged, tmp_path):
-    with pytest.raises(UserError, match="--data_root .*nowhere.*dataset_setup.py"):
-        train_loader(config(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no scenes in split test"):
-        val_loader(config(staged, val_split="test"))
-
-
-def test_bad_values_of_a_raw_cube_are_named_once_they_are_read(raw_copy):
-    with h5py.File(raw_copy / "Train_Spec" / "b.mat", "a") as file:
-        file["cube"][3, 4, 5] = np.nan
-    with pytest.raises(UserError, match="b.mat: 1 values"):
-        train_loader(config(raw_copy, memory_mode="float16"))
-    with h5py.File(raw_copy / "Train_Spec" / "b.mat", "a") as file:
-        file["cube"][...] = 7.0
-    for workers in (0, 1):  # lazily it shows with the patch, in one line from a worker too
-        loader = train_loader(config(raw_copy, num_workers=workers, iterations_per_epoch=9))
-        with pytest.raises(UserError, match="b.mat: values from 7 to 7") as caught:
-            epoch_of(loader)
-        assert "\n" not in str(caught.value)
-
-
-def test_missing_and_mismatched_files_of_a_raw_folder_are_named(raw_copy):
-    Image.new("RGB", (80, 95)).save(raw_copy / "Train_RGB" / "b.jpg")
-    with pytest.raises(UserError, match=r"b.mat: shape \(31, 80, 96\).*95 x 80"):
-        train_loader(config(raw_copy))
-    (raw_copy / "Train_RGB" / "b.jpg").unlink()
-    with pytest.raises(UserError, match="Train_RGB/b.jpg: no such image"):
-        train_loader(config(raw_copy))
-    (raw_copy / "Train_Spec" / "a.mat").unlink()
-    with pytest.raises(UserError, match="Train_Spec/a.mat"):
-        train_loader(config(raw_copy))
-
-
-def test_raw_lazy_refuses_files_that_decode_only_as_a_whole(raw_arad, raw_copy):
-    scipy_io = pytest.importorskip("scipy.io")
-    path = raw_copy / "Train_Spec" / "a.mat"
-    with h5py.File(path) as file:
-        cube = file["cube"][()].transpose(2, 1, 0)
-    scipy_io.savemat(path, {"cube": cube})
-    with pytest.raises(UserError, match="a.mat: not MATLAB v7.3.*--memory_mode float16"):
-        train_loader(config(raw_copy))
-    whole = epoch_of(train_loader(config(raw_copy, memory_mode="standard")))
-    assert same(whole, epoch_of(train_loader(config(raw_arad, memory_mode="standard"))))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -29,7 +28,7 @@ from training_helpers import (
 
 import common_utils_v32 as common
 from common_utils_v32 import UserError
-from training_runs import STOPPED, RunFolder
+from training_runs import STOPPED
 
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
@@ -201,13 +200,6 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(UserError, match="x.ckpt"):
         common.read_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "owned").exists()
-
-
-def test_folders_follow_the_environment(monkeypatch):
-    monkeypatch.setenv("HSI_LOG_DIR", "l")
-    monkeypatch.setenv("HSI_CKPT_DIR", "c")
-    folder = RunFolder.of("o", "run")
-    assert (folder.logs, folder.checkpoints) == (Path("l/run"), Path("c/run"))
 
 
 # --- several processes
