@@ -419,9 +419,8 @@ class Run:
             return  # to look would wait for the device
         if self.skipped >= SKIPPED_LIMIT:
             raise UserError(
-                f"step {self.step}: {int(self.skipped)} steps in a row had gradients that are not "
-                "finite; lower --lr, raise --train_floor, or look at the data with "
-                "dataset_setup.py --verify-only"
+                f"step {self.step}: {int(self.skipped)} steps in a row had non-finite gradients; "
+                "lower --lr, raise --train_floor, or try dataset_setup.py --verify-only"
             )
 
     def log_progress(self) -> None:

@@ -58,7 +58,7 @@ def test_a_model_imports_no_data_code(model):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_and_its_functions_fit(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 600
+    assert len(text.splitlines()) < 600
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
