@@ -7,6 +7,7 @@ Imports nothing of the project; see README.md for the scripts.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import errno
@@ -28,7 +29,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 GROUP_PATIENCE = datetime.timedelta(hours=2)  # a rank may have longer scenes to score than another
 
@@ -276,10 +276,12 @@ def init_process_group(device: str) -> tuple[Ranks, torch.device]:
 
 
 def set_default_environment() -> None:
-    """CUDA's allocator settings, unless the user has some; before the first CUDA tensor."""
-    os.environ.setdefault(
-        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:256"
-    )
+    """CUDA's allocator settings, unless the user has some; before the first CUDA tensor.
+
+    Expandable segments alone: with max_split_size_mb beside them the allocator would not use large
+    merged blocks again, and its reserved memory would grow."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch's newer name for the same
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def find_compiler() -> str | None:
@@ -510,22 +512,41 @@ def restore_schedule(
         group.update(weight_decay=decay, initial_lr=lr, lr=lr * curve(schedule.last_epoch))
 
 
-def make_average(model: nn.Module, decay: float, every: int) -> AveragedModel | None:
-    """Moving average of the weights, updated every `every` steps; its decay warms up, to forget
-    early weights. None where decay is 0."""
-    if decay == 0:
-        return None
-    average = AveragedModel(model, use_buffers=True)
-    # The copy above counts as the first; else the first update would copy instead of average.
-    average.n_averaged.fill_(1)
+def _float_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers that can be averaged."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
-    def update(averaged: Any, current: Any, _: Any) -> None:
-        n = int(average.n_averaged) - 1  # kept on the CPU
-        warm_decay = min(decay**every, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - warm_decay)
 
-    average.multi_avg_fn = update
-    return average
+class WeightAverage:
+    """Moving average of a model's weights and buffers, `module`, updated every `every` steps. Its
+    decay warms up, to forget early weights. Nothing waits for the device: updates are counted in
+    Python."""
+
+    def __init__(self, model: nn.Module, decay: float, every: int) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.decay, self.updates = decay**every, 0
+        # The same tensors at each step: to look them up takes as long as to average them.
+        self._averaged, self._current = _float_tensors(self.module), _float_tensors(model)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
+        self.updates += 1
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps: the averaged weights, and how often they were updated."""
+        return {"ema": self.module.state_dict(), "ema_updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.module.load_state_dict(state["ema"])
+        self.updates = state["ema_updates"]
+
+
+def make_average(model: nn.Module, decay: float, every: int) -> WeightAverage | None:
+    """The average of a model's weights; None where decay is 0."""
+    return WeightAverage(model, decay, every) if decay > 0 else None
 
 
 # --- memory

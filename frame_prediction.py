@@ -41,6 +41,8 @@ MIN_SIDE = 64
 MAX_TILE = 1024  # px
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
+# What a CPU's allocator and cuBLAS say in a plain RuntimeError.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
@@ -363,11 +365,18 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 # --- frames that fit the memory
 
 
+def free_cuda_memory(device: torch.device) -> float:
+    """Bytes of a card's memory that this process may still take: what the driver has, and what
+    torch keeps for itself without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a
     tile that does."""
     on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else free_memory()
+    free = free_cuda_memory(model.device) if on_gpu else free_memory()
     budget = options.memory_gb * 2**30 if options.memory_gb else free / 2
     cube_and_copy = 2 * 4 * model.bands
     per_pixel = SCRATCH * model.pixel_bytes + cube_and_copy
@@ -377,6 +386,13 @@ def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) 
         budget = min(budget, TILE_BYTES)
     side = int(math.sqrt(budget / per_pixel / options.batch_size))
     return max(MIN_SIDE, min(MAX_TILE, side) // 32 * 32)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had no memory left; some raise a plain RuntimeError that says so."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return type(error) is RuntimeError and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def predict(
@@ -405,8 +421,8 @@ def predict(
                 run, source, size, patch, overlap, options.batch_size, allocate, tick
             )
             return cube, patch
-        except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a RuntimeError
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
         tried = min(patch, max(size))
         if tried < 2 * MIN_SIDE:

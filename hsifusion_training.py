@@ -412,7 +412,7 @@ class Run:
         self.step += 1
         self.check_skipped()
         if self.average is not None and self.step % self.cfg.ema_update_every == 0:
-            self.average.update_parameters(self.model)
+            self.average.update()
 
     def check_skipped(self) -> None:
         if self.device.type != "cpu" and self.step % CHECK_EVERY:
@@ -508,21 +508,21 @@ class Run:
         self.saved_at = time.monotonic()
         if not self.ranks.is_main:
             return
-        average = self.average
+        average = {"ema": None, "ema_updates": 0}
+        if self.average is not None:
+            average = self.average.state_dict()
         state = {
             "model": MODEL,
             "model_config": dataclasses.asdict(self.model.config),
             "data": self.data_facts,
             "settings": self.settings,
             "state_dict": self.model.state_dict(),
-            "ema": None if average is None else average.module.state_dict(),
-            "ema_updates": 0 if average is None else int(average.n_averaged),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": rng,
         }
-        state |= {key: getattr(self, key) for key in PROGRESS}
+        state |= average | {key: getattr(self, key) for key in PROGRESS}
         common.save_checkpoint(self.folder.checkpoints / name, state)
 
     def save_best_weights(self) -> None:
@@ -562,8 +562,7 @@ class Run:
         check_resumed_data(state["data"], self.data_facts, path)
         common.restore(self.optimizer, self.scaler, state)
         if self.average is not None and state["ema"]:
-            self.average.module.load_state_dict(state["ema"])
-            self.average.n_averaged.fill_(state["ema_updates"])
+            self.average.load_state_dict(state)
         common.restore_schedule(self.schedule, state["schedule"], cfg.lr, cfg.weight_decay)
         if len(state["rng"]) == self.ranks.world_size:
             set_rng_state(state["rng"][self.ranks.rank])

@@ -470,7 +470,7 @@ class SHARPv32Trainer:
         self.steps += 1
         self._check_bad_steps()
         if self.average is not None and self.steps % self.ema_update_every == 0:
-            self.average.update_parameters(self.model)
+            self.average.update()
         return {"loss": totals[0], "error": totals[1], "grad_norm": norm}
 
     def _backward(self, rgb: Tensor, target: Tensor, share: float, last: bool) -> Tensor:
@@ -504,11 +504,11 @@ class SHARPv32Trainer:
     def state_dict(self) -> dict:
         """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model,
         or None."""
-        average = self.average
-        return {
+        average = {"ema": None, "ema_updates": 0}
+        if self.average is not None:
+            average = self.average.state_dict()
+        return average | {
             "state_dict": self.model.state_dict(),
-            "ema": average.module.state_dict() if average is not None else None,
-            "ema_updates": int(average.n_averaged) if average is not None else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.steps,
@@ -522,5 +522,4 @@ class SHARPv32Trainer:
         self.steps = state["step"]
         self.bad_steps.fill_(state["bad_steps"])
         if self.average is not None and state["ema"]:
-            self.average.module.load_state_dict(state["ema"])
-            self.average.n_averaged.fill_(state["ema_updates"])
+            self.average.load_state_dict(state)

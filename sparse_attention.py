@@ -57,7 +57,9 @@ def _register(
         ctx.settings = inputs[3:]
 
     def gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = operator_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        # Else a backward inside autocast would compute the scores again in half precision.
+        with torch.autocast(gradient.device.type, enabled=False):
+            found = operator_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.settings)
         return *found, *[None] * len(ctx.settings)
 
     operator.register_fake(fake)
@@ -150,7 +152,7 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
 def _keep_and_softmax_(scores: Tensor, threshold: Tensor) -> Tensor:
     """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0
     elsewhere."""
-    below = torch.nextafter(threshold, threshold.new_tensor(-math.inf))
+    below = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     # The difference is > 0 exactly where a score reaches the threshold.
     scores.sub_(below.minimum(threshold - torch.finfo(threshold.dtype).tiny))
     torch.threshold_(scores, 0.0, -math.inf)

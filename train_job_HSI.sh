@@ -28,7 +28,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"             # of each trainer
 export HSI_DATA_DIR="${HSI_DATA_DIR:-./data/ARAD_1K}"
 export HSI_LOG_DIR="${HSI_LOG_DIR:-./artifacts/logs}"
 export HSI_CKPT_DIR="${HSI_CKPT_DIR:-./artifacts/checkpoints}"
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True,max_split_size_mb:256}"
+if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then
+  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+fi
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -197,3 +198,33 @@ def test_cgroup_limits_of_both_versions_and_of_parents(tmp_path):
     member.write_text("5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n", encoding="utf-8")
     assert common.cgroup_free(tmp_path / "v1", member) == 850
     assert common.cgroup_free(tmp_path / "none", tmp_path / "absent") == float("inf")
+
+
+@pytest.mark.parametrize(
+    "user, ours",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ],
+)
+def test_the_users_allocator_settings_win(monkeypatch, user, ours):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    common.set_default_environment()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ours
+
+
+def test_the_average_waits_for_no_device_and_counts_in_python():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = common.make_average(model, 0.5, 2)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    before = average.module[0].weight.clone()
+    average.update()
+    expected = before.lerp(model[0].weight, 1 - min(0.25, 1 / 10))
+    torch.testing.assert_close(average.module[0].weight, expected)
+    assert average.updates == 1 and not any(p.requires_grad for p in average.module.parameters())
+    assert common.make_average(model, 0.0, 1) is None

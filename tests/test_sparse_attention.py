@@ -384,3 +384,21 @@ def test_operators_pass_torch_checks_for_compiled_graphs():
     torch.library.opcheck(
         torch.ops.hsi.local_attention.default, (*image, 3, 0.5, 0.0, False), test_utils=checks
     )
+
+
+@pytest.mark.parametrize("mode", ["topk", "local", "sparsemax"])
+def test_gradients_are_the_same_whether_backward_is_called_inside_autocast_or_not(mode):
+    gradients = []
+    for inside in (False, True):
+        q, k, v = tensors((1, 64, 8), (1, 64, 8), (1, 64, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = sparse_attention_topk_streaming(
+                q, k, v, 0.5, sparse_mode=mode, spatial_shape=(8, 8), window_size=9
+            )
+            if inside:
+                out.square().sum().backward()
+        if not inside:
+            out.square().sum().backward()
+        gradients.append([x.grad for x in (q, k, v)])
+    for outside, within in zip(*gradients, strict=True):
+        assert torch.equal(outside, within)

@@ -222,7 +222,7 @@ def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, 
     for n in range(30):
         with torch.no_grad():
             watched.fill_(float(n % 7))
-        average.update_parameters(model)
+        average.update()
         decay = min(0.9**2, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * float(n % 7)
         assert averaged.flatten()[0].item() == pytest.approx(expected, abs=1e-4)
