@@ -44,8 +44,8 @@ BUDGET = 360  # seconds for everything
 MOST_STEPS, ENOUGH_STEPS = 2000, 1200
 PROBE_STEPS = 12  # that are timed, after as many that warm up
 AFTER_TRAINING = 25  # training steps that validation, evaluation and pictures take the time of, ...
-AFTER_SECONDS = 20  # ... and seconds beside that
-SLOWER_LOOP = 1.15  # a trainer's step over a bare one: data, average, log
+AFTER_SECONDS = 25  # ... and seconds beside that
+SLOWER_LOOP = 1.06  # a trainer's step over a bare one: data, average, log
 
 NAMES = {
     "linear": "linear map, least squares",
@@ -148,7 +148,7 @@ def train(staged: Path, runs: Path, steps: int) -> Path:
         "rgb_norm": RGB_NORM,
         "train_floor": TRAIN_FLOOR,
         "metric_floor": FLOOR,
-        "lr": 8e-4,
+        "lr": 1.2e-3,
         "ema_decay": 0.99,
         "val_interval": EPOCHS,
         "output_dir": runs,
