@@ -29,14 +29,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from training_runs import environment_record  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[1]
 if "--checkout" not in sys.argv:  # a child of --against imports the models of its own checkout
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
     from race import RIVAL, build
 
     import common_utils_v32 as common
+    from training_runs import environment_record
 
 SIDES = {"128": (128, 128), "256": (256, 256), "482x512": (482, 512), "964x1024": (964, 1024)}
 PEAKS = ("482x512", "964x1024", "step")  # of which peak memory is measured

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic."""
 
+import subprocess
 import sys
 
 import pytest
@@ -37,3 +38,28 @@ def test_the_demo_says_when_the_network_is_ahead(capsys):
     ahead = {metric: 0.5 for metric in ERRORS}
     assert demo.verdict({"linear": ERRORS, "linear_relative": ERRORS, "network": ahead}, 600) == 0
     assert "ahead of both maps" in capsys.readouterr().out
+
+
+STANDALONE = """
+import os, runpy, sys, traceback
+import torch
+
+for path in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            runpy.run_path(path, run_name="started as a script, up to its main")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(path)
+"""
+
+
+def test_every_benchmark_starts_without_help_from_its_surroundings(tmp_path):
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
+    command = [sys.executable, "-c", STANDALONE, *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "", done.stderr
