@@ -282,6 +282,15 @@ def test_the_basis_starts_smooth_and_orthonormal_and_its_loss_pulls_back():
     assert before > 1e-2 and head.basis_loss().item() < before
 
 
+def test_rough_spectra_cost_even_where_they_are_orthonormal():
+    head = spectral_head()
+    rotated, _ = torch.linalg.qr(torch.randn(31, BASIS_RANK))
+    with torch.no_grad():
+        head.basis.copy_(rotated)
+    assert torch.allclose(rotated.mT @ rotated, torch.eye(BASIS_RANK), atol=1e-5)
+    assert head.basis_loss() > 1.0
+
+
 def test_colour_features_are_finite_and_of_order_one_from_black_to_white():
     for level in (0.0, 1e-4, 0.1, 1.0):
         features = colour_features(torch.full((1, 2, 2, 3), level))
