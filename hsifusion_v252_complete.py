@@ -205,14 +205,6 @@ def add_windows(x: Tensor, stride: int) -> Tensor:
     return x.unflatten(0, (batch, -1))
 
 
-def merge_windows(x: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """(groups, B, rows, columns, window, window, D) -> (B, height, width, groups * D).
-
-    The mean over the windows that cover a token."""
-    total = add_windows(x, stride)[:, :height, :width]
-    return total / coverage(height, width, x.shape[4], stride, x)
-
-
 def coverage(height: int, width: int, window: int, stride: int, like: Tensor) -> Tensor:
     """How many windows cover each token, (height, width, 1), of the type and device of `like`."""
 

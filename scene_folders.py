@@ -200,7 +200,7 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.frombuffer(memory, dtype, count, offset).reshape(shape)
 
 
-def _rgb_facts(index: dict[str, Any], path: Path) -> RgbFacts:
+def _read_rgb_facts(index: dict[str, Any], path: Path) -> RgbFacts:
     """What an index (at `path`) says of the RGB. Version 1 knew uint8 in linear light alone."""
     if index["version"] == 1:
         return RgbFacts()
@@ -229,7 +229,7 @@ class StagedScenes(Scenes):
             self.bands = index["bands"]
             self.settings = index.get("settings", {})
             self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
-            self.rgb = _rgb_facts(index, path)
+            self.rgb = _read_rgb_facts(index, path)
             for entry in self.entries:
                 if "cube" not in entry:
                     raise UserError(f"{root}: split {split} has no cubes; choose train or val")
@@ -361,7 +361,7 @@ def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) -> dict[str, Any]:
+def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) -> RgbFacts:
     """How the photos are stored, how their light is encoded, and which camera saw them: `given` the
     ones that came with the data, the settings' the ones that were rendered; None where unknown or
     mixed."""
@@ -373,11 +373,8 @@ def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) 
     if len(dtypes) > 1:
         found = ", ".join(f"{dtype} ({path})" for dtype, path in dtypes.items())
         raise UserError(f"photos are stored in more than one way: {found}; stage them apart")
-    return {
-        "dtype": next(iter(dtypes)),
-        "encoding": settings["rgb_encoding"],
-        "camera": cameras.pop() if len(cameras) == 1 else None,
-    }
+    camera = cameras.pop() if len(cameras) == 1 else None
+    return RgbFacts(next(iter(dtypes)), settings["rgb_encoding"], camera)
 
 
 def write_index(
@@ -391,7 +388,7 @@ def write_index(
         "version": INDEX_VERSION,
         "bands": settings["bands"],
         "wavelengths": settings["wavelengths"],
-        "rgb": rgb_facts(entries, settings, camera),
+        "rgb": rgb_facts(entries, settings, camera)._asdict(),
         "settings": settings,
         "splits": splits,
         "statistics": _pooled_statistics(splits["train"] or splits["val"]),

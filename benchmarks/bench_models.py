@@ -43,6 +43,7 @@ REPEATS = {"128": 7, "256": 5, "482x512": 3, "964x1024": 1, "step": 7}
 ROUNDS = 5  # of two checkouts in turn, after one that warms up
 STEPS_A_ROUND = 3
 MODELS = ("hsifusion", "sharp")
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 
 @dataclasses.dataclass
@@ -221,7 +222,7 @@ def comparison_table(rows: list[dict]) -> str:
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """A row for each model and size: seconds, parameters, multiply-adds, peaks."""
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
+    amp = AMP_TYPES[args.amp]
     chosen = [(RIVAL, "")] if args.mst_root else []
     for size in args.sizes:
         chosen += [(name, size) for name in args.models]
@@ -293,8 +294,7 @@ def main() -> int:
     device = common.resolve_device(args.device)
     if args.peak:
         name, size, what = args.peak
-        amp = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[args.amp]
-        bench = Bench(build(name, size, args.mst_root), device, amp)
+        bench = Bench(build(name, size, args.mst_root), device, AMP_TYPES[args.amp])
         print(json.dumps({"peak": measure_peak(bench, what)}))
         return 0
     facts: dict = {"environment": environment_record()}

@@ -10,10 +10,7 @@ from PIL import Image
 import scene_folders
 from common_utils_v32 import UserError
 from cube_files import read_cube
-from optimized_dataloader import (
-    train_loader,
-    val_loader,
-)
+from optimized_dataloader import train_loader, val_loader
 from scene_folders import find_scenes
 
 CUBE = "train/b.cube.npy"

@@ -56,6 +56,10 @@ def run(*argv):
     return inference.main([str(arg) for arg in argv])
 
 
+def write_cube_of(checkpoint, source, target, *more):
+    run("--checkpoint", checkpoint, "--input", source, "--output", target, *more)
+
+
 def expected(pixels, rgb_norm="per_image"):
     x = pixels.astype(np.float32)
     x = (x - x.min()) / (x.max() - x.min()) if rgb_norm == "per_image" else x / 255
@@ -70,15 +74,7 @@ def test_cube_is_the_models_output_for_the_normalised_whole_image(
 ):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt", rgb_norm)
     pixels = photo(tmp_path / "a.png")
-    run(
-        "--checkpoint",
-        checkpoint,
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "a.npy",
-        *tiles,
-    )
+    write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "a.npy", *tiles)
     cube = np.load(tmp_path / "a.npy")
     assert cube.dtype == np.float32 and cube.flags.c_contiguous
     np.testing.assert_allclose(cube, expected(pixels, rgb_norm), atol=1e-5)
@@ -90,14 +86,7 @@ def test_all_formats_hold_the_same_cube_with_wavelengths_and_the_right_axes(tmp_
     envi = pytest.importorskip("spectral.io.envi")
     pixels = photo(tmp_path / "a.png")
     for name in ("a.npy", "a.mat", "a.hdr", "a.npz"):
-        run(
-            "--checkpoint",
-            checkpoint,
-            "--input",
-            tmp_path / "a.png",
-            "--output",
-            tmp_path / "out" / name,
-        )
+        write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out" / name)
     cube, wavelengths = expected(pixels), [405.0 + 10 * i for i in range(31)]
     np.testing.assert_allclose(np.load(tmp_path / "out/a.npy"), cube, atol=1e-6)
     with np.load(tmp_path / "out/a.npz") as file:
@@ -235,14 +224,7 @@ def test_a_checkpoint_of_the_wrong_kind_is_one_line(tmp_path, checkpoint, damage
     common.save_checkpoint(tmp_path / "bad.ckpt", state | damage)
     photo(tmp_path / "a.png")
     with pytest.raises(common.UserError, match="bad.ckpt"):
-        run(
-            "--checkpoint",
-            tmp_path / "bad.ckpt",
-            "--input",
-            tmp_path / "a.png",
-            "--output",
-            tmp_path / "a.npy",
-        )
+        write_cube_of(tmp_path / "bad.ckpt", tmp_path / "a.png", tmp_path / "a.npy")
 
 
 def test_safetensors_say_whether_their_weights_are_averaged(tmp_path, checkpoint):
@@ -268,16 +250,8 @@ def test_bands_that_the_eye_cannot_see_have_a_preview_too(tmp_path):
     }
     common.save_checkpoint(tmp_path / "ir.ckpt", state)
     photo(tmp_path / "a.png")
-    run(
-        "--checkpoint",
-        tmp_path / "ir.ckpt",
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "a.npy",
-        "--preview",
-        "--points",
-        "3,4",
+    write_cube_of(
+        tmp_path / "ir.ckpt", tmp_path / "a.png", tmp_path / "a.npy", "--preview", "--points", "3,4"
     )
     assert Image.open(tmp_path / "a_preview.png").size == (90, 72)
 
@@ -286,24 +260,9 @@ def test_existing_cube_is_kept_unless_overwrite(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
     (tmp_path / "a.npy").write_bytes(b"mine")
     with pytest.raises(common.UserError, match="--overwrite"):
-        run(
-            "--checkpoint",
-            checkpoint,
-            "--input",
-            tmp_path / "a.png",
-            "--output",
-            tmp_path / "a.npy",
-        )
+        write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "a.npy")
     assert (tmp_path / "a.npy").read_bytes() == b"mine"
-    run(
-        "--checkpoint",
-        checkpoint,
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "a.npy",
-        "--overwrite",
-    )
+    write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "a.npy", "--overwrite")
     assert np.load(tmp_path / "a.npy").shape == (31, 72, 90)
 
 
@@ -413,14 +372,7 @@ def test_a_checkpoint_of_either_model_gives_what_the_model_gives(tmp_path, monke
         },
     )
     pixels = photo(tmp_path / "a.png")
-    run(
-        "--checkpoint",
-        tmp_path / "m.ckpt",
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "a.npy",
-    )
+    write_cube_of(tmp_path / "m.ckpt", tmp_path / "a.png", tmp_path / "a.npy")
     with torch.no_grad():
         want = model(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), want, atol=1e-5)
@@ -474,17 +426,7 @@ def test_memory_budget_decides_between_whole_frame_and_tiles():
 
 def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
-    run(
-        "--checkpoint",
-        checkpoint,
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "out",
-        "--preview",
-        "--points",
-        "3,4",
-    )
+    write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out", "--preview", "--points", "3,4")
     assert Image.open(tmp_path / "out/a_preview.png").size == (90, 72)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "a.npy",
@@ -500,14 +442,7 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
     pytest.importorskip("onnxscript")
     run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--patch_size", 64)
     pixels = photo(tmp_path / "a.png", (64, 64))
-    run(
-        "--checkpoint",
-        tmp_path / "art/model.safetensors",
-        "--input",
-        tmp_path / "a.png",
-        "--output",
-        tmp_path / "a.npy",
-    )
+    write_cube_of(tmp_path / "art/model.safetensors", tmp_path / "a.png", tmp_path / "a.npy")
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected(pixels), atol=1e-5)
     x = ((pixels - np.float32(pixels.min())) / (int(pixels.max()) - int(pixels.min()))).transpose(
         2, 0, 1

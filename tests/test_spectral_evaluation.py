@@ -38,6 +38,11 @@ from spectral_evaluation import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def evaluate(checkpoint, scenes, target, *more):
+    places = ("--data_root", scenes, "--output", target)
+    run("--checkpoint", checkpoint, "--evaluate", *places, *more)
+
+
 @pytest.fixture(autouse=True)
 def standin(monkeypatch):
     monkeypatch.setitem(FACTORIES, "hsifusion", ("standin_model", "create"))
@@ -119,15 +124,7 @@ def test_scenes_of_other_wavelengths_are_refused(tmp_path):
     state["data"]["wavelengths"] = [w + 20 for w in state["data"]["wavelengths"]]
     common.save_checkpoint(path, state)
     with pytest.raises(common.UserError, match="was trained on 425..725 nm"):
-        run(
-            "--checkpoint",
-            path,
-            "--evaluate",
-            "--data_root",
-            data_root,
-            "--output",
-            tmp_path / "res",
-        )
+        evaluate(path, data_root, tmp_path / "res")
 
 
 def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_a_scale(
@@ -166,15 +163,7 @@ def test_several_checkpoints_give_one_comparison_and_calibration_where_there_is_
 
 def test_ranks_together_give_the_numbers_of_one(tmp_path, scenes):
     checkpoint = write_checkpoint(tmp_path / "m.ckpt")
-    run(
-        "--checkpoint",
-        checkpoint,
-        "--evaluate",
-        "--data_root",
-        scenes,
-        "--output",
-        tmp_path / "one",
-    )
+    evaluate(checkpoint, scenes, tmp_path / "one")
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "import frame_prediction, ranks\n"
