@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from frame_prediction import LiveBytes, blend_tiles, is_out_of_memory, ramp, tile_offsets
+from frame_prediction import LiveBytes, blend_tiles, ramp, tile_offsets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,18 +126,3 @@ def test_big_image_streams_to_a_mapped_file_in_bounded_memory(tmp_path):
     corner, middle = cube[:, :2, :2], cube[:, 1150:1152, 1250:1252]
     assert np.isfinite(corner).all() and (middle == middle[:, :1, :1]).all()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["big.npy"]
-
-
-@pytest.mark.parametrize(
-    "error, halves",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), True),
-        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
-        (NotImplementedError("can't allocate memory"), False),  # a RuntimeError by birth
-    ],
-)
-def test_only_an_allocators_word_counts_as_out_of_memory(error, halves):
-    assert is_out_of_memory(error) == halves
