@@ -54,10 +54,10 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 4, 8)},
-    "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (4, 4, 8)},
-    "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (4, 8, 8)},
-    "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (4, 8, 8)},
+    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 2, 10)},
+    "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (2, 6, 8)},
+    "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (2, 8, 12)},
+    "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (2, 8, 8)},
 }
 LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of the resolution
 LEVELS = len(LEVEL_WIDTHS)
@@ -78,7 +78,7 @@ class LightningProConfig:
         (2, 2, 2), "blocks per level; a decoder level has one less, at least one"
     )
     num_heads: tuple[int, ...] = _model(
-        (4, 4, 8), "attention heads per level, half of them spectral"
+        (4, 2, 10), "attention heads per level, half of them spectral"
     )
     window_size: int = _model(
         8, "side of an attention window, tokens; windows overlap by a quarter"
@@ -133,10 +133,11 @@ class LightningProConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels per level; a head's width is a multiple of 4, as 2-D rotary positions need."""
+        """Channels per level. A head's width is a multiple of 8: half precision needs it to be fast,
+        and 2-D rotary positions a multiple of 4."""
         widths = []
         for share, heads in zip(LEVEL_WIDTHS, self.num_heads, strict=True):
-            step = 4 * heads
+            step = 8 * heads
             widths.append(max(1, round(self.base_channels * share / step)) * step)
         return widths
 

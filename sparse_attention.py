@@ -8,6 +8,7 @@ Scores are computed tile by tile in buffers that are used again: never N x N in 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -216,6 +217,19 @@ def sparsemax(scores: Tensor) -> Tensor:
     return (scores - (total - 1) / support.sum(-1, keepdim=True)).clamp_min(0.0)
 
 
+@functools.lru_cache(maxsize=8)
+def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a tile's queries and keys, (1, 1, TILE^2, halo^2): 0 in a
+    query's window, MASKED elsewhere."""
+    with torch.inference_mode(False):  # a later call may need it for gradients
+        halo = torch.arange(TILE + side - 1, device=device)
+        offset = halo - torch.arange(TILE, device=device)[:, None]
+        near = (offset >= 0) & (offset < side)  # (TILE, halo): in the window, along one axis
+        near = near[:, None, :, None] & near[None, :, None, :]
+        zero = torch.zeros((), device=device, dtype=dtype)
+        return zero.where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
+
+
 class _LocalTiles:
     """Cuts images (BH, H, W, D) into tiles of TILE x TILE queries, whose keys are those pixels and
     a border `reach` wide. A step is some tiles of a row, or some rows of tiles, as many as the
@@ -232,11 +246,8 @@ class _LocalTiles:
         self.wide, self.high = min(self.columns, tiles), max(1, tiles // self.columns)
         self.parts = -(-self.columns // self.wide)
         self.steps = -(-self.rows // self.high) * self.parts
-        offset = torch.arange(self.halo, device=q.device)
-        offset = offset - torch.arange(TILE, device=q.device)[:, None]
-        near = (offset >= 0) & (offset < side)  # (TILE, halo): in the window, along one axis
-        near = near[:, None, :, None] & near[None, :, None, :]
-        self.window = q.new_zeros(()).where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
+        build = _window_scores.__wrapped__ if torch.compiler.is_exporting() else _window_scores
+        self.window = build(side, q.device, q.dtype)
 
     def _place(
         self, step: int, reach: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from frame_prediction import LiveBytes, blend_tiles, ramp, tile_offsets
+from frame_prediction import LiveBytes, blend_tiles, predict_frame, ramp, tile_offsets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,3 +126,32 @@ def test_big_image_streams_to_a_mapped_file_in_bounded_memory(tmp_path):
     corner, middle = cube[:, :2, :2], cube[:, 1150:1152, 1250:1252]
     assert np.isfinite(corner).all() and (middle == middle[:, :1, :1]).all()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["big.npy"]
+
+
+class SmallMemory(torch.nn.Conv2d):
+    """A convolution on a device that has no room for more than 200 x 200 pixels."""
+
+    error = torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(self, x):
+        if x.shape[-1] * x.shape[-2] > 200 * 200:
+            raise self.error
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_a_frame_to_score_that_does_not_fit_is_predicted_in_tiles(capsys):
+    network, rgb = SmallMemory(3, 5, 3, padding=1), torch.rand(1, 3, 300, 420)
+    found = predict_frame(network, rgb, torch.device("cpu"))
+    whole = torch.nn.functional.conv2d(rgb, network.weight, network.bias, padding=1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    assert "out of memory with a tile of 420 px: going on with 208 px" in capsys.readouterr().err
+    small = rgb[..., :100, :120]
+    assert torch.equal(predict_frame(network, small, torch.device("cpu")), network(small))
+
+
+@torch.no_grad()
+def test_any_other_error_of_a_frame_to_score_is_raised(monkeypatch):
+    monkeypatch.setattr(SmallMemory, "error", RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        predict_frame(SmallMemory(3, 5, 3), torch.rand(1, 3, 300, 420), torch.device("cpu"))
