@@ -12,6 +12,7 @@ FLOORS = {
     "spectral_layers": 1,
     "sparse_attention": 1,
     "camera_colour": 1,
+    "measured_spectra": 1,
     "cube_files": 1,
     "hsifusion_v252_complete": 2,
     "sharp_v322_hardened": 2,
@@ -28,7 +29,14 @@ FLOORS = {
 }
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", "UserError"), ("common_utils_v32", "opt")}
 MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
-DATA_CODE = ("cube_files", "scene_folders", "synthetic_scenes", "camera_colour", "training_runs")
+DATA_CODE = (
+    "measured_spectra",
+    "cube_files",
+    "scene_folders",
+    "synthetic_scenes",
+    "camera_colour",
+    "training_runs",
+)
 FILES = sorted(ROOT.glob("*.py"))
 
 
