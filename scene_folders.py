@@ -12,8 +12,10 @@ import io
 import json
 import math
 import mmap
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +32,13 @@ from cube_files import (
     check_cube,
     check_wavelengths,
     find_stored_cube,
+    is_system_file,
     read_cube,
     read_rgb,
     read_wavelengths,
     read_window,
     reading,
+    scene_name,
 )
 
 IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
@@ -61,9 +65,9 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
             f"{root}: no Train_Spec folder in it; "
             "give the ARAD-1K folder with Train_Spec and Train_RGB"
         )
-    cubes = _by_stem(root / "Train_Spec", CUBE_SUFFIXES)
-    images = _by_stem(root / "Train_RGB", RGB_SUFFIXES)
-    tests = _by_stem(root / "Test_RGB", RGB_SUFFIXES)
+    cubes = _by_name(root / "Train_Spec", CUBE_SUFFIXES)
+    images = _by_name(root / "Train_RGB", RGB_SUFFIXES)
+    tests = _by_name(root / "Test_RGB", RGB_SUFFIXES)
     train_list = root / "split_txt" / "train_list.txt"
     val_list = root / "split_txt" / "valid_list.txt"
     val = read_split_list(val_list) if val_list.exists() else []
@@ -104,17 +108,69 @@ def read_split_list(path: Path) -> list[str]:
     return names
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files by scene name; of two suffixes for one scene the first of `suffixes` wins."""
     found: dict[str, Path] = {}
     if not folder.is_dir():
         return found
-    files = sorted(folder.iterdir())
+    files = sorted(path for path in folder.iterdir() if not is_system_file(path))
     for suffix in reversed(suffixes):
         for path in files:
             if path.suffix.lower() == suffix:
-                found[path.stem] = path
+                found[scene_name(path)] = path
     return found
+
+
+def find_folder_scenes(root: Path, leave_out: Sequence[Path] = ()) -> list[Scene]:
+    """The cubes in a folder but for those to leave out, each with the image of its name anywhere
+    below. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and
+    <scene>_RGB.bmp."""
+    apart = [path.resolve() for path in leave_out]
+    cubes: dict[str, list[Path]] = {}
+    for path in root.iterdir():
+        if is_system_file(path) or path.resolve() in apart:
+            continue
+        band_folder = path.is_dir() and any(path.rglob("*_01.png"))
+        if band_folder or path.suffix.lower() in CUBE_SUFFIXES:
+            cubes.setdefault(scene_name(path).removesuffix("_ms"), []).append(path)
+    images: dict[str, list[Path]] = {}
+    for path in _files_below(root):
+        if path.suffix.lower() in RGB_SUFFIXES:
+            images.setdefault(_photo_scene(path), []).append(path)
+    scenes = []
+    for name in sorted(cubes):
+        cube = _only(cubes[name], name)
+        # A link to a scene may have another name than what it leads to.
+        real = scene_name(cube.resolve()).removesuffix("_ms")
+        photos = images.get(name.lower()) or images.get(real.lower())
+        scenes.append(Scene(name, cube, _only(photos, name) if photos else None))
+    return scenes
+
+
+def _only(paths: list[Path], name: str) -> Path:
+    """The one file of a scene; links to it are no second one."""
+    files = {path.resolve(): path for path in sorted(paths, reverse=True)}
+    if len(files) > 1:
+        first, second, *_ = files.values()
+        raise UserError(f"{first} and {second} are both scene {name}; rename or remove one")
+    return next(iter(files.values()))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files in a folder and those in it, through links too, but for the systems' own."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)
+        seen.add(real)
+        for path in sorted(Path(folder, file) for file in files):
+            if not is_system_file(path) and not is_system_file(path.parent):
+                yield path
+
+
+def _photo_scene(path: Path) -> str:
+    """The scene of a photo in small letters: NTIRE 2020 adds _clean and _RealWorld, CAVE _RGB."""
+    return re.sub("_(rgb|clean|realworld)$", "", path.stem.lower())
 
 
 class RgbFacts(NamedTuple):
