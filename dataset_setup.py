@@ -202,7 +202,8 @@ def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, in
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
     """Take the output folder if it is new, empty, or was begun with these settings (kept in
     `path`), and `needed` bytes fit."""
-    if path.exists():
+    files = [file for file in root.rglob("*") if file.is_file()]
+    if path.exists() and files != [path]:  # else nothing was written with the settings in it
         old = OLD_SETTINGS | read_json(path)
         old.setdefault("stored_wavelengths", old.get("wavelengths"))
         for name, value in settings.items():
@@ -211,7 +212,7 @@ def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None
                     f"{root}: has {name} {old.get(name)}, not {value}; remove it or give another "
                     "--output-root"
                 )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif root.exists() and (not root.is_dir() or files not in ([], [path])):
         raise UserError(
             f"{root}: exists and holds other things; give a new or empty folder as --output-root"
         )

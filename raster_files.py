@@ -29,8 +29,8 @@ INTERLEAVES = {
 # header's own interleave.
 ENVI_SUFFIXES = ("", ".img", ".dat", ".sli", ".hyspex", ".raw", ".bin")
 INTERLEAVES_OF_FILES = (".bsq", ".bil", ".bip")
-NM_PER_UNIT = {"nanometer": 1.0, "nm": 1.0, "angstrom": 0.1, "å": 0.1}
-NM_PER_UNIT |= dict.fromkeys(("micrometer", "micron", "um", "µm", "μm"), 1e3)
+NM_PER_UNIT = {"nanometer": 1.0, "nanom": 1.0, "nm": 1.0, "angstrom": 0.1, "å": 0.1}
+NM_PER_UNIT |= dict.fromkeys(("micrometer", "micron", "um", "µm", "μm", "microm"), 1e3)
 # Units of which a wavelength is a constant over the value: 1/cm, and frequencies.
 NM_TIMES_UNIT = {"wavenumber": 1e7, "cm-1": 1e7, "1/cm": 1e7}
 NM_TIMES_UNIT |= {"ghz": 299792458.0, "mhz": 299792458e3, "thz": 299792.458}
@@ -60,6 +60,8 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     if unit in NM_TIMES_UNIT:
         values = NM_TIMES_UNIT[unit] / values
     elif values.max() < 20 and unit in ("nm", "nanometer", *NO_UNIT):
+        if (values == values.round()).all():  # numbers of bands
+            return None
         values = values * 1000
     elif unit in NM_PER_UNIT:
         values = values * NM_PER_UNIT[unit]
@@ -289,10 +291,10 @@ def read_tiff(path: Path, axes: str) -> tuple[np.ndarray, Facts]:
 def _named_items(file: Any) -> dict[str, dict[int, str]]:
     """What GDAL's metadata, or else the pages' descriptions, say of each band, by name."""
     series = _main_series(file)
-    pages = [page for page in series.pages if page is not None]
     tags = series.keyframe.tags
     if GDAL_METADATA not in tags:
-        return {"description": {band: page.description for band, page in enumerate(pages)}}
+        texts = [getattr(page, "description", "") for page in file.pages]
+        return {"description": dict(enumerate(texts))}
     named: dict[str, dict[int, str]] = {}
     for item in ElementTree.fromstring(tags[GDAL_METADATA].value).iter("Item"):
         name = item.get("role") or item.get("name") or ""
@@ -310,22 +312,19 @@ def tiff_facts(path: Path) -> Facts:
         no_data = tags[GDAL_NODATA].value.strip("\0 ") if GDAL_NODATA in tags else ""
     facts = Facts(no_data=float(no_data) if no_data else None)
     for name in ("central_wavelength_um", "wavelength", "description"):
-        words = [_number_and_unit(text) for _, text in sorted(named.get(name, {}).items())]
-        if len(words) < 2 or not all(words):
-            continue
-        unit = named.get("wavelength_units", {}).get(0, words[0][1])
-        unit = "um" if name == "central_wavelength_um" else unit
-        return facts._replace(centres=[float(number) for number, _ in words], unit=unit)
+        texts = [text for _, text in sorted(named.get(name, {}).items())]
+        if name == "description":  # "Band 3 (450.5 nm)"; other numbers in it say nothing
+            found = [
+                re.search(r"(\d+\.?\d*)\s*(nm|nanom|[uµμ]m|microm)", text, re.I) for text in texts
+            ]
+        else:
+            found = [re.fullmatch(r"\s*(\d+\.?\d*)()\s*", text) for text in texts]
+        words = [match.groups() for match in found if match]
+        if len(words) > 1 and len(words) == len(texts):
+            stated = words[0][1] or named.get("wavelength_units", {}).get(0, "")
+            unit = "um" if name == "central_wavelength_um" else stated
+            return facts._replace(centres=[float(number) for number, _ in words], unit=unit)
     return facts
-
-
-def _number_and_unit(text: str) -> tuple[str, ...]:
-    """The wavelength in a band's description: the number before a unit, else the last one; empty
-    where there is none."""
-    found = re.findall(r"(\d+\.?\d*)\s*((?i:nm|nanomet|um|[µμ]m|micro)\w*)?", text)
-    if not found:
-        return ()
-    return next((pair for pair in found if pair[1]), found[-1])
 
 
 def write_tiff(file: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
