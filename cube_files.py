@@ -36,7 +36,6 @@ from raster_files import (
     nanometres,
     read_envi,
     read_tiff,
-    tiff_axes,
     tiff_facts,
     write_tiff,
 )
@@ -197,7 +196,6 @@ def cube_axes(
     shape: tuple[int, ...],
     path: Path,
     *,
-    column_major: bool = False,
     axes: str | None,
     bands: int | None,
     rgb_shape: tuple[int, ...] | None,
@@ -226,7 +224,8 @@ def cube_axes(
         usual: tuple[str, ...] = (axes,)
         possible: tuple[str, ...] = (axes,)
     else:
-        usual = ("cwh",) if column_major else ("hwc", "chw")
+        matlab = path.suffix.lower() == ".mat" and h5py.is_hdf5(path)
+        usual = ("cwh",) if matlab else ("hwc", "chw")
         possible = LAYOUTS
     found = [layout for layout in usual if fits(layout)]
     found = found or [layout for layout in possible if fits(layout)]
@@ -282,17 +281,14 @@ def read_stored(
             axes = "hwc"
             stored, facts = read_envi(path)
         elif suffix in TIFF_SUFFIXES:
-            shape, stated = tiff_axes(path)
-            stored, facts = read_tiff(path, cube_axes(shape, path, axes=axes or stated, **hints))
-            axes = "hwc"
+            stored, stated, facts = read_tiff(path)
+            axes = axes or stated
         elif suffix == ".npy":
             stored = np.load(path, allow_pickle=False)
         elif suffix in ARRAY_SUFFIXES:
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
-                major = _is_column_major(path)
-                # complains before anything is decoded
-                axes = cube_axes(array.shape, path, column_major=major, axes=axes, **hints)
+                axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
                 stored = array.astype(np.float32)[()]
         else:
             raise UserError(
@@ -303,11 +299,6 @@ def read_stored(
     layout = cube_axes(stored.shape, path, axes=axes, **hints)
     values = np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
     return values, facts
-
-
-def _is_column_major(path: Path) -> bool:
-    """Whether MATLAB wrote an HDF5 file: what it calls H x W x bands h5py shows as bands, W, H."""
-    return path.suffix.lower() == ".mat" and h5py.is_hdf5(path)
 
 
 def cube_sources(path: Path) -> list[Path]:
@@ -385,8 +376,7 @@ def find_stored_cube(
         with open_arrays(path) as arrays:
             key = pick_key(arrays, key, path)
             shape = arrays[key].shape
-    major = _is_column_major(path)
-    axes = cube_axes(shape, path, column_major=major, axes=axes, bands=bands, rgb_shape=rgb_shape)
+    axes = cube_axes(shape, path, axes=axes, bands=bands, rgb_shape=rgb_shape)
     return StoredCube(path, key, axes, shape[axes.index("c")])
 
 
@@ -491,24 +481,19 @@ def _read_band_images(folder: Path) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
-def read_wavelengths(path: str | Path) -> list[float] | None:
+def read_wavelengths(path: str | Path, every: bool = False) -> list[float] | None:
     """Band centres in nm where the file has them (headers, `bands` or `wavelengths` arrays, a CAVE
-    folder of 31 bands), else None; without those of bands that its header marks bad."""
-    nm = stored_wavelengths(Path(path))
-    if nm is None or Path(path).suffix.lower() != ".hdr":
-        return nm
-    bad = envi_facts(Path(path)).bad
-    return [centre for band, centre in enumerate(nm) if band not in bad]
-
-
-def stored_wavelengths(path: Path) -> list[float] | None:
-    """Centres of all stored bands in nm where the file has them, else None."""
+    folder of 31 bands), else None; of bands that a header marks bad only with `every`."""
+    path = Path(path)
     suffix = path.suffix.lower()
     with reading(path, "a hyperspectral cube"):
         if path.is_dir():
             return FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
         if suffix == ".hdr":
-            return nanometres(envi_facts(path), path)
+            facts = envi_facts(path)
+            bad = () if every else facts.bad
+            nm = nanometres(facts, path)
+            return None if nm is None else [nm[band] for band in range(len(nm)) if band not in bad]
         if suffix in TIFF_SUFFIXES:
             return nanometres(tiff_facts(path), path)
         if suffix in ARRAY_SUFFIXES:
@@ -543,7 +528,7 @@ def check_cube(
         what = f"{(~np.isfinite(cube)).sum()} values are NaN or infinite"
         if facts.no_data is not None:
             pixels = np.isnan(cube).any(axis=2).sum()
-            what = f"{pixels} pixels hold no data (the value {facts.no_data:g}), so {what}"
+            what = f"{pixels} pixels hold no data (the value {facts.no_data:g})"
         raise UserError(
             f"{path}: {what}; leave out this scene, or stage with dataset_setup.py --fill VALUE"
         )

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -174,7 +174,7 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
     settings = {name: getattr(args, name) for name in SETTINGS}
     path, stored, facts = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
     every = find_wavelengths(path, stored, args.wavelengths)
-    nm = [every[band] for band in plan_bands(path, every, args.chosen_bands, facts.bad)]
+    nm = [every[band] for band in plan_bands(every, args.chosen_bands, facts.bad)]
     if args.render_rgb:
         camera_response(args.camera, nm)  # complains of the camera now
     exposure = None if args.exposure == "auto" else args.exposure
@@ -249,29 +249,23 @@ def is_rendered(scene: Scene, settings: dict[str, Any]) -> bool:
     return bool(scene.cube_path) and (settings["render_rgb"] == "all" or scene.rgb_path is None)
 
 
-class Loaded(NamedTuple):
-    """A scene as its settings ask for it, not judged."""
-
-    cube: np.ndarray | None  # (H, W, bands) float32; None of a test image
-    rgb: np.ndarray  # (H, W, 3)
-    record: dict[str, Any]  # what was done to the cube
-    facts: Facts | None  # what its file says
-
-
-def load_scene(scene: Scene, settings: dict[str, Any]) -> Loaded:
-    """Cube and RGB, rendered where the settings ask for it."""
+def load_scene(
+    scene: Scene, settings: dict[str, Any]
+) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any], Facts | None]:
+    """Cube (H, W, bands) float32 as the settings ask for, not judged, and RGB (H, W, 3), rendered
+    where they ask for it; what was done to the cube, and what its file says."""
     check_files(scene, settings["render_rgb"])
     rgb = None
     if not is_rendered(scene, settings) and scene.rgb_path:
         rgb = read_rgb(scene.rgb_path)
     if scene.cube_path is None:
         assert rgb is not None  # a scene has one or the other
-        return Loaded(None, rgb, {}, None)
+        return None, rgb, {}, None
     shape = None if rgb is None else rgb.shape
     cube, record, facts = prepare_cube(scene.cube_path, settings, shape)
     if rgb is None:
         rgb = _render(cube, scene.name, settings)
-    return Loaded(cube, rgb, record, facts)
+    return cube, rgb, record, facts
 
 
 def _render(cube: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray:
@@ -362,7 +356,7 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[An
 def _bytes_needed(job: Job, settings: dict[str, Any]) -> int:
     """Bytes on disk of one staged scene; an error when no patch fits into it."""
     split, scene = job
-    rgb = read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings).rgb
+    rgb = read_rgb(scene.rgb_path) if scene.rgb_path else load_scene(scene, settings)[1]
     height, width = rgb.shape[:2]
     value = 0
     if split != "test":
@@ -414,7 +408,8 @@ def stage(args: argparse.Namespace) -> None:
     contact_sheet(root, index)
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in splits.items())
     patches = sum(entry["patches"] for entry in splits["train"])
-    print(*remark_lines([*splits["train"], *splits["val"]]), sep="\n")
+    for line in remark_lines([*splits["train"], *splits["val"]]):
+        print(line)
     print(
         f"{root}: {counts} scenes ({len(jobs) - len(left)} were there), {patches} training "
         f"patches; look at {root / 'contact_sheet.png'}"
@@ -507,7 +502,7 @@ def _add_staging_flags(parser: CliParser) -> None:
 def _add_value_flags(parser: CliParser) -> None:
     add = parser.add_argument_group("from stored values to reflectance").add_argument
     bands_help = "bands to keep: numbers from 1 or nm, such as 1-12,20 or 450-650nm"
-    add("--bands", dest="chosen_bands", metavar="LIST", help=bands_help)
+    add("--bands", dest="chosen_bands", nargs="+", metavar="LIST", help=bands_help)
     white_help = "white reference of counts (any format), averaged over lines, by column and band"
     add("--white", metavar="FILE", help=white_help)
     add("--dark", metavar="FILE", help="its dark reference")

@@ -20,20 +20,15 @@ from common_utils_v32 import UserError
 
 # ENVI's `data type`. 6 and 9 are complex; 7, 8, 10 and 11 do not exist.
 ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
-INTERLEAVES = {
-    "bsq": "(c h w) -> h w c",
-    "bil": "(h c w) -> h w c",
-    "bip": "(h w c) -> h w c",
-}
-# Suffixes of ENVI's data, in the order in which the spectral package looks for them; then comes the
-# header's own interleave.
-ENVI_SUFFIXES = ("", ".img", ".dat", ".sli", ".hyspex", ".raw", ".bin")
-INTERLEAVES_OF_FILES = (".bsq", ".bil", ".bip")
-NM_PER_UNIT = {"nanometer": 1.0, "nanom": 1.0, "nm": 1.0, "angstrom": 0.1, "å": 0.1}
-NM_PER_UNIT |= dict.fromkeys(("micrometer", "micron", "um", "µm", "μm", "microm"), 1e3)
+INTERLEAVES = {"bsq": "(c h w) -> h w c", "bil": "(h c w) -> h w c", "bip": "(h w c) -> h w c"}
+# Suffixes of ENVI's data, in the order in which the spectral package looks for them.
+ENVI_SUFFIXES = ("", ".img", ".dat", ".sli", ".hyspex", ".raw", ".bin", ".bsq", ".bil", ".bip")
+NM_PER_UNIT = {"nm": 1.0, "nanometer": 1.0, "angstrom": 0.1, "å": 0.1, "um": 1e3}
+# A byte that is no UTF-8 was the µ of Latin-1.
+NM_PER_UNIT |= dict.fromkeys(("micrometer", "micron", "µm", "μm", "\ufffdm"), 1e3)
 # Units of which a wavelength is a constant over the value: 1/cm, and frequencies.
-NM_TIMES_UNIT = {"wavenumber": 1e7, "cm-1": 1e7, "1/cm": 1e7}
-NM_TIMES_UNIT |= {"ghz": 299792458.0, "mhz": 299792458e3, "thz": 299792.458}
+NM_TIMES_UNIT = {"wavenumber": 1e7, "cm-1": 1e7, "1/cm": 1e7, "ghz": 299792458.0}
+NM_TIMES_UNIT |= {"mhz": 299792458e3, "thz": 299792.458}
 NO_UNIT = ("", "unknown", "index")
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # TIFF tags
 
@@ -57,27 +52,23 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     if values.size < 2 or not np.isfinite(values).all() or values.min() <= 0:
         return None
     unit = facts.unit.strip().lower().replace("metre", "meter").removesuffix("s")
+    nm = values
     if unit in NM_TIMES_UNIT:
-        values = NM_TIMES_UNIT[unit] / values
+        nm = NM_TIMES_UNIT[unit] / values
     elif values.max() < 20 and unit in ("nm", "nanometer", *NO_UNIT):
-        if (values == values.round()).all():  # numbers of bands
-            return None
-        values = values * 1000
+        nm = values * 1000
     elif unit in NM_PER_UNIT:
-        values = values * NM_PER_UNIT[unit]
-    elif unit not in NO_UNIT:
-        raise UserError(f"{path}: wavelengths in {facts.unit}; give them in nm as --wavelengths")
-    elif values.min() > 200 and values.max() > 3000:
+        nm = values * NM_PER_UNIT[unit]
+    if unit in NO_UNIT and (nm.min() < 200 or (values == range(1, len(values) + 1)).all()):
+        return None  # numbers of bands
+    known = unit in (*NO_UNIT, *NM_PER_UNIT, *NM_TIMES_UNIT)
+    highest = 3000 if unit in NO_UNIT and nm is values else 1e5
+    if not known or nm.min() < 100 or nm.max() > highest:
         raise UserError(
-            f"{path}: wavelengths {values[0]:g}..{values[-1]:g} without a unit; "
-            "give them in nm as --wavelengths"
+            f"{path}: wavelengths {values.min():g} to {values.max():g} in {facts.unit or 'no unit'}"
+            "; give them in nm as --wavelengths"
         )
-    if unit not in NO_UNIT and (values.min() < 100 or values.max() > 1e5):
-        raise UserError(
-            f"{path}: wavelengths {values[0]:g}..{values[-1]:g} nm, read as {facts.unit}, cannot "
-            "be; give them in nm as --wavelengths"
-        )
-    return values.tolist() if values.min() > 100 else None
+    return nm.tolist()
 
 
 # --- ENVI
@@ -92,67 +83,52 @@ def envi_header(path: Path) -> dict[str, str]:
     return {" ".join(name.lower().split()): value.strip("{} \t\r\n") for name, value in found}
 
 
-def _whole(fields: dict[str, str], name: str, path: Path, default: int | None = None) -> int:
-    """A field that is a whole number."""
-    if name not in fields and default is not None:
-        return default
-    try:
-        return int(fields[name])
-    except KeyError:
-        raise UserError(f"{path}: no line `{name} =` in the header; add it") from None
-    except ValueError:
-        raise UserError(
-            f"{path}: {name} = {fields[name]} is no whole number; mend the header"
-        ) from None
-
-
 def _numbers(fields: dict[str, str], name: str, path: Path, count: int = 0) -> list[float]:
     """A field that is a list of numbers, `count` of them unless 0; empty where it is missing."""
-    words = [word for word in re.split(r"[,\s]+", fields.get(name, "")) if word]
     try:
-        values = [float(word) for word in words]
+        values = [float(word) for word in re.split(r"[,\s]+", fields.get(name, "")) if word]
     except ValueError:
-        raise UserError(f"{path}: {name} holds more than numbers; mend the header") from None
+        raise UserError(f"{path}: {name} is not of numbers alone; mend the header") from None
     if count and values and len(values) != count:
         raise UserError(f"{path}: {len(values)} values of {name}, not {count}; mend the header")
     return values
 
 
+def _whole(fields: dict[str, str], name: str, path: Path, default: int | None = None) -> int:
+    """A field that is a whole number."""
+    if name not in fields and default is not None:
+        return default
+    values = _numbers(fields, name, path, 1)
+    if not values:
+        raise UserError(f"{path}: no line `{name} =` in the header; add it")
+    return int(values[0])
+
+
 def envi_data_file(path: Path) -> Path:
-    """The data of an ENVI header: the file of its name without .hdr, else with a usual suffix, else
-    the only file of its name that is as long as the header says. gzip may be around it."""
-    stem, fields = path.with_suffix(""), envi_header(path)
-    own = "." + fields.get("interleave", "").lower()
-    for suffix in (*ENVI_SUFFIXES, own, *INTERLEAVES_OF_FILES):
+    """The data of an ENVI header: the file of its name without .hdr, else with a usual suffix; gzip
+    may be around it."""
+    own = "." + envi_header(path).get("interleave", "").lower()
+    for suffix in (*ENVI_SUFFIXES[:-3], own, *ENVI_SUFFIXES[-3:]):
         for ending in (suffix, suffix.upper(), suffix + ".gz"):
-            if Path(f"{stem}{ending}").is_file():
-                return Path(f"{stem}{ending}")
-    kind = np.dtype(ENVI_TYPES.get(_whole(fields, "data type", path), "u1"))
-    size = _whole(fields, "header offset", path, 0) + kind.itemsize * int(
-        np.prod([_whole(fields, name, path) for name in ("lines", "samples", "bands")])
+            file = path.with_name(path.stem + ending)
+            if file.is_file():
+                return file
+    raise UserError(
+        f"{path}: no data file beside it; name it {path.stem}, or that with one of "
+        f"{' '.join(ENVI_SUFFIXES[1:])}"
     )
-    others = path.parent.glob("*")
-    found = [other for other in others if other.stem == stem.name and other.is_file()]
-    found = [other for other in found if other != path and other.stat().st_size == size]
-    if len(found) != 1:
-        raise UserError(
-            f"{path}: no data file beside it; name it {stem.name}, or {stem.name} and one of "
-            f"{' '.join((*ENVI_SUFFIXES[1:], *INTERLEAVES_OF_FILES))}"
-        )
-    return found[0]
 
 
 def is_envi_data(name: Path) -> bool:
     """Whether a name is that of ENVI data by its suffix, as in leaf.bil.hdr."""
-    return name.suffix.lower() in (*ENVI_SUFFIXES[1:], *INTERLEAVES_OF_FILES)
+    return name.suffix.lower() in ENVI_SUFFIXES[1:]
 
 
 def _envi_type(fields: dict[str, str], path: Path) -> np.dtype:
-    number = _whole(fields, "data type", path)
+    number, order = _whole(fields, "data type", path), _whole(fields, "byte order", path, 0)
     if number not in ENVI_TYPES:
         kind = "complex" if number in (6, 9) else "not one of ENVI's"
         raise UserError(f"{path}: data type {number} is {kind}; save the cube as real numbers")
-    order = _whole(fields, "byte order", path, 0)
     if order not in (0, 1):
         raise UserError(f"{path}: byte order = {order}; write 0 (little-endian) or 1 (big-endian)")
     return np.dtype(ENVI_TYPES[number]).newbyteorder(">" if order else "<")
@@ -175,11 +151,12 @@ def envi_facts(path: Path) -> Facts:
     factor = _numbers(fields, "reflectance scale factor", path, 1) or [1.0]
     if not factor[0] > 0:
         raise UserError(f"{path}: reflectance scale factor = {factor[0]:g}; mend the header")
+    no_data = _numbers(fields, "data ignore value", path, 1)
     return Facts(
         centres=_numbers(fields, "wavelength", path, bands) or None,
         unit=fields.get("wavelength units", ""),
         bad=bad,
-        no_data=next(iter(_numbers(fields, "data ignore value", path, 1)), None),
+        no_data=no_data[0] if no_data else None,
         factor=factor[0],
         remarks=tuple(remarks),
     )
@@ -187,143 +164,109 @@ def envi_facts(path: Path) -> Facts:
 
 def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
     """All stored bands as (H, W, bands) float32, divided by the header's reflectance scale factor,
-    its gains applied; NaN where a value means no data."""
+    or its gains applied; NaN where a value means no data."""
     fields, facts = envi_header(path), envi_facts(path)
-    if "spectral library" in fields.get("file type", "").lower():
-        raise UserError(f"{path}: a spectral library, not an image; leave it out")
-    for name in ("major frame offsets", "minor frame offsets"):
-        if any(_numbers(fields, name, path)):
-            raise UserError(f"{path}: {name} are not read; save the cube without them")
     interleave = fields.get("interleave", "").lower()
     if interleave not in INTERLEAVES:
         raise UserError(f"{path}: interleave = {interleave}; write bsq, bil or bip there")
+    frames = _numbers(fields, "major frame offsets", path)
+    if any(frames + _numbers(fields, "minor frame offsets", path)):
+        raise UserError(f"{path}: frame offsets are not read; save the cube without them")
+    if "library" in fields.get("file type", "").lower():
+        raise UserError(f"{path}: a spectral library, not an image; leave it out")
     height, width, bands = (_whole(fields, name, path) for name in ("lines", "samples", "bands"))
-    kind, offset = _envi_type(fields, path), _whole(fields, "header offset", path, 0)
-    file = envi_data_file(path)
-    content: Any
-    if file.suffix == ".gz" or _whole(fields, "file compression", path, 0):
-        with gzip.open(file) as unpacked:
-            content = np.frombuffer(unpacked.read(), np.uint8)
-    else:
-        content = np.memmap(file, np.uint8, "r")
-    size = height * width * bands * kind.itemsize
-    if size <= 0 or len(content) < offset + size:
+    kind, start = _envi_type(fields, path), _whole(fields, "header offset", path, 0)
+    content = _envi_bytes(path, _whole(fields, "file compression", path, 0) > 0)
+    end = start + height * width * bands * kind.itemsize
+    if not start < end <= len(content):
         raise UserError(
-            f"{file}: holds {len(content)} bytes, {path.name} speaks of {offset + size} "
-            f"({height} x {width} x {bands} of {kind.itemsize} bytes after {offset}); "
+            f"{envi_data_file(path)}: holds {len(content)} bytes, {path.name} speaks of {end}; "
             "mend the header or copy the file anew"
         )
-    if len(content) > offset + size:
-        extra = f"{len(content) - offset - size} bytes more than its header says are left out"
-        facts = facts._replace(remarks=(*facts.remarks, extra))
-    stored = content[offset : offset + size].view(kind)
+    if len(content) > end:
+        remark = f"{len(content) - end} bytes more than its header says are left out"
+        facts = facts._replace(remarks=(*facts.remarks, remark))
+    stored = content[start:end].view(kind)
     stored = rearrange(stored, INTERLEAVES[interleave], h=height, w=width, c=bands)
-    gains = _numbers(fields, "data gain values", path, bands)
-    offsets = _numbers(fields, "data offset values", path, bands)
-    return _to_numbers(stored, facts, gains, offsets, path)
+    values = _to_values(stored, facts)
+    gains = _numbers(fields, "data gain values", path, bands) or [1.0]
+    offsets = _numbers(fields, "data offset values", path, bands) or [0.0]
+    if set(gains) != {1} or set(offsets) != {0}:
+        if facts.factor != 1:
+            raise UserError(f"{path}: both a scale factor and gains; remove what was applied")
+        values = values * np.array(gains, np.float32) + np.array(offsets, np.float32)
+        facts = facts._replace(remarks=(*facts.remarks, "its gains and offsets are applied"))
+    return values, facts
 
 
-def _to_numbers(
-    stored: np.ndarray, facts: Facts, gains: list[float], offsets: list[float], path: Path
-) -> tuple[np.ndarray, Facts]:
-    """Stored values (H, W, bands) as float32: NaN for no data, gain and offset of each band
-    applied, divided by the factor."""
-    if stored.dtype.kind not in "iuf":
-        raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
+def _envi_bytes(path: Path, compressed: bool) -> Any:
+    """The data of a header, mapped or unpacked."""
+    file = envi_data_file(path)
+    if compressed or file.suffix == ".gz":
+        with gzip.open(file) as unpacked:
+            return np.frombuffer(unpacked.read(), np.uint8)
+    return np.memmap(file, np.uint8, "r")
+
+
+def _to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
+    """float32, divided by the factor, NaN for what means no data."""
     values = np.array(stored, np.float32, order="C")
     if facts.no_data is not None:
         values[stored == facts.no_data] = np.nan
-    if any(gain != 1 for gain in gains) or any(offsets):
-        if facts.factor != 1:
-            raise UserError(
-                f"{path}: both a scale factor and gains; remove the one that was applied"
-            )
-        values *= np.asarray(gains or 1, np.float32)
-        values += np.asarray(offsets or 0, np.float32)
-        facts = facts._replace(remarks=(*facts.remarks, "its gains and offsets are applied"))
-    if facts.factor != 1:
-        values /= np.float32(facts.factor)
-    return values, facts
+    values /= np.float32(facts.factor)
+    return values
 
 
 # --- TIFF
 
 
-def tiff_axes(path: Path) -> tuple[tuple[int, ...], str | None]:
-    """Shape of a TIFF's biggest array, and its order of h, w and c; None where the writer did not
-    say: arrays that tifffile was given without a word."""
+def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
+    """The biggest array of a TIFF as float32, divided by GDAL's factor, NaN where GDAL_NODATA
+    stands; its order of h, w and c, None where the writer did not say; what GDAL's tags say."""
     import tifffile
 
+    facts = tiff_facts(path)
     with tifffile.TiffFile(path) as file:
-        series = _main_series(file)
-        if "Q" in series.axes:
-            return series.shape, None
-        axes = "".join({"Y": "h", "X": "w"}.get(letter, "c") for letter in series.axes)
-        if sorted(axes) != ["c", "h", "w"]:
-            raise UserError(
-                f"{path}: its axes are {series.axes} of {series.shape}; give one picture a band, "
-                "or one with a sample a band"
-            )
-        return series.shape, axes
-
-
-def _main_series(file: Any) -> Any:
-    return max(file.series, key=lambda series: series.size)  # the others are thumbnails
-
-
-def read_tiff(path: Path, axes: str) -> tuple[np.ndarray, Facts]:
-    """A TIFF whose array has these axes as (H, W, bands) float32, values as stored but for scale
-    and offset that GDAL's metadata state; NaN where GDAL_NODATA stands."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        stored = rearrange(_main_series(file).asarray(), f"{' '.join(axes)} -> h w c")
-        named = _named_items(file)
-    gains, offsets = (
-        [float(named[name].get(band, default)) for band in range(stored.shape[2])]
-        if name in named
-        else []
-        for name, default in (("scale", 1), ("offset", 0))
-    )
-    return _to_numbers(stored, tiff_facts(path), gains, offsets, path)
-
-
-def _named_items(file: Any) -> dict[str, dict[int, str]]:
-    """What GDAL's metadata, or else the pages' descriptions, say of each band, by name."""
-    series = _main_series(file)
-    tags = series.keyframe.tags
-    if GDAL_METADATA not in tags:
-        texts = [getattr(page, "description", "") for page in file.pages]
-        return {"description": dict(enumerate(texts))}
-    named: dict[str, dict[int, str]] = {}
-    for item in ElementTree.fromstring(tags[GDAL_METADATA].value).iter("Item"):
-        name = item.get("role") or item.get("name") or ""
-        if "sample" in item.attrib:
-            named.setdefault(name.lower(), {})[int(item.attrib["sample"])] = item.text or ""
-    return named
+        series = max(file.series, key=lambda series: series.size)  # the others are thumbnails
+        stored = series.asarray()
+    axes = "".join({"Y": "h", "X": "w"}.get(letter, "c") for letter in series.axes)
+    if stored.dtype.kind not in "iuf" or sorted(axes) != ["c", "h", "w"]:
+        raise UserError(
+            f"{path}: {stored.dtype} of axes {series.axes}; give real numbers, a page or a sample "
+            "a band"
+        )
+    return _to_values(stored, facts), None if "Q" in series.axes else axes, facts
 
 
 def tiff_facts(path: Path) -> Facts:
-    """What GDAL's tags say of the values."""
+    """What GDAL's tags say of the values, or else what the pages' descriptions say."""
     import tifffile
 
+    named: dict[str, dict[int, str]] = {}
     with tifffile.TiffFile(path) as file:
-        named, tags = _named_items(file), _main_series(file).keyframe.tags
+        tags = file.pages.first.tags
         no_data = tags[GDAL_NODATA].value.strip("\0 ") if GDAL_NODATA in tags else ""
-    facts = Facts(no_data=float(no_data) if no_data else None)
-    for name in ("central_wavelength_um", "wavelength", "description"):
-        texts = [text for _, text in sorted(named.get(name, {}).items())]
-        if name == "description":  # "Band 3 (450.5 nm)"; other numbers in it say nothing
-            found = [
-                re.search(r"(\d+\.?\d*)\s*(nm|nanom|[uµμ]m|microm)", text, re.I) for text in texts
-            ]
-        else:
-            found = [re.fullmatch(r"\s*(\d+\.?\d*)()\s*", text) for text in texts]
-        words = [match.groups() for match in found if match]
-        if len(words) > 1 and len(words) == len(texts):
-            stated = words[0][1] or named.get("wavelength_units", {}).get(0, "")
-            unit = "um" if name == "central_wavelength_um" else stated
-            return facts._replace(centres=[float(number) for number, _ in words], unit=unit)
+        metadata = tags[GDAL_METADATA].value if GDAL_METADATA in tags else "<none/>"
+        texts = {page.index: getattr(page, "description", "") for page in file.pages}
+    for item in ElementTree.fromstring(metadata).iter("Item"):
+        if "sample" in item.attrib:
+            name = item.get("role") or item.get("name") or ""
+            named.setdefault(name.lower(), {})[int(item.attrib["sample"])] = item.text or ""
+    scales, offsets = (set(named.get(name, {}).values()) for name in ("scale", "offset"))
+    if len(scales) > 1 or any(map(float, offsets)):
+        raise UserError(f"{path}: bands of several scales, or offsets; apply them first")
+    factor = 1 / float(scales.pop()) if scales else 1.0
+    facts = Facts(no_data=float(no_data) if no_data else None, factor=factor)
+    for name, unit in (("central_wavelength_um", "um"), ("wavelength", "")):
+        if len(named.get(name, {})) > 1:
+            centres = [float(text) for _, text in sorted(named[name].items())]
+            stated = named.get("wavelength_units", {}).get(0, "")
+            return facts._replace(centres=centres, unit=unit or stated)
+    texts = named.get("description", texts)  # such as "Band 3 (450.5 nm)"
+    words = [re.search(r"(\d+\.?\d*) *(nm|[uµμ]m)", text) for _, text in sorted(texts.items())]
+    found = [word for word in words if word]
+    if found and len(found) == len(words):
+        facts = facts._replace(centres=[float(word[1]) for word in found], unit=found[0][2])
     return facts
 
 
@@ -331,14 +274,11 @@ def write_tiff(file: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
     """(bands, H, W) as one TIFF of that many samples, in planes, with GDAL's names of bands."""
     import tifffile
 
-    items = []
-    for band, nm in enumerate(wavelengths):
-        items += [
-            f'<Item name="DESCRIPTION" sample="{band}" role="description">{nm:g} nm</Item>',
-            f'<Item name="wavelength" sample="{band}">{nm:g}</Item>',
-            f'<Item name="wavelength_units" sample="{band}">Nanometers</Item>',
-        ]
-    metadata = f"<GDALMetadata>{''.join(items)}</GDALMetadata>"
+    names = [
+        f'<Item name="DESCRIPTION" sample="{band}" role="description">{nm:g} nm</Item>'
+        for band, nm in enumerate(wavelengths)
+    ]
+    metadata = f"<GDALMetadata>{''.join(names)}</GDALMetadata>"
     tifffile.imwrite(
         file,
         cube,

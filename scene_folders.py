@@ -15,7 +15,7 @@ import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
             "give the ARAD-1K folder with Train_Spec and Train_RGB"
         )
     cubes = _by_name(root / "Train_Spec", CUBE_SUFFIXES)
-    images = _by_name(root / "Train_RGB", RGB_SUFFIXES)
+    photos = _by_scene(_by_name(root / "Train_RGB", RGB_SUFFIXES).values(), cubes)
     tests = _by_name(root / "Test_RGB", RGB_SUFFIXES)
     train_list = root / "split_txt" / "train_list.txt"
     val_list = root / "split_txt" / "valid_list.txt"
@@ -81,7 +81,8 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
 
     def scene(name: str) -> Scene:
         absent = root / "Train_Spec" / f"{name}.mat"
-        return Scene(name, cubes.get(name, absent), images.get(name))
+        photo = _only(photos.get(name.lower(), []), name)
+        return Scene(name, cubes.get(name, absent), photo)
 
     return {
         "train": [scene(name) for name in sorted(train)],
@@ -133,27 +134,39 @@ def find_folder_scenes(root: Path, leave_out: Sequence[Path] = ()) -> list[Scene
         band_folder = path.is_dir() and any(path.rglob("*_01.png"))
         if band_folder or path.suffix.lower() in CUBE_SUFFIXES:
             cubes.setdefault(scene_name(path).removesuffix("_ms"), []).append(path)
-    images: dict[str, list[Path]] = {}
-    for path in _files_below(root):
-        if path.suffix.lower() in RGB_SUFFIXES:
-            images.setdefault(_photo_scene(path), []).append(path)
+    photos = _by_scene(_files_below(root), cubes)
     scenes = []
     for name in sorted(cubes):
         cube = _only(cubes[name], name)
+        assert cube is not None
         # A link to a scene may have another name than what it leads to.
-        real = scene_name(cube.resolve()).removesuffix("_ms")
-        photos = images.get(name.lower()) or images.get(real.lower())
-        scenes.append(Scene(name, cube, _only(photos, name) if photos else None))
+        real = scene_name(cube.resolve()).removesuffix("_ms").lower()
+        photo = _only(photos.get(name.lower()) or photos.get(real, []), name)
+        scenes.append(Scene(name, cube, photo))
     return scenes
 
 
-def _only(paths: list[Path], name: str) -> Path:
-    """The one file of a scene; links to it are no second one."""
+def _only(paths: list[Path], name: str) -> Path | None:
+    """The one file of a scene, if any; links to it are no second one."""
     files = {path.resolve(): path for path in sorted(paths, reverse=True)}
     if len(files) > 1:
         first, second, *_ = files.values()
         raise UserError(f"{first} and {second} are both scene {name}; rename or remove one")
-    return next(iter(files.values()))
+    return next(iter(files.values()), None)
+
+
+def _by_scene(files: Iterable[Path], scenes: Iterable[str]) -> dict[str, list[Path]]:
+    """The photos among files by scene in small letters: that of their name, else without what CAVE
+    and NTIRE 2020 add, _RGB, _clean and _RealWorld."""
+    known = {scene.lower() for scene in scenes}
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in RGB_SUFFIXES:
+            name = path.stem.lower()
+            if name not in known:
+                name = re.sub("_(rgb|clean|realworld)$", "", name)
+            found.setdefault(name, []).append(path)
+    return found
 
 
 def _files_below(root: Path) -> Iterator[Path]:
@@ -161,16 +174,10 @@ def _files_below(root: Path) -> Iterator[Path]:
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(folders)
+        entered = [] if real in seen else sorted(folders)
+        folders[:] = [name for name in entered if not is_system_file(Path(name))]
         seen.add(real)
-        for path in sorted(Path(folder, file) for file in files):
-            if not is_system_file(path) and not is_system_file(path.parent):
-                yield path
-
-
-def _photo_scene(path: Path) -> str:
-    """The scene of a photo in small letters: NTIRE 2020 adds _clean and _RealWorld, CAVE _RGB."""
-    return re.sub("_(rgb|clean|realworld)$", "", path.stem.lower())
+        yield from (Path(folder, name) for name in files if not is_system_file(Path(name)))
 
 
 class RgbFacts(NamedTuple):

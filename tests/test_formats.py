@@ -143,12 +143,12 @@ def envi_layout(folder):
     for lines, words in [
         ({"data_type": 6}, "data type 6 is complex"),
         ({"data_type": 7}, "data type 7 is not one"),
-        ({"data_type": "float"}, "data type = float"),
+        ({"data_type": "float"}, "data type is not of numbers"),
         ({"interleave ": "bsx"}, "interleave = bsx"),
         ({"byte_order": 2}, "byte order = 2"),
-        ({"major_frame_offsets": "{0, 4}"}, "major frame offsets"),
+        ({"major_frame_offsets": "{0, 4}"}, "frame offsets are not read"),
         ({"lines": None}, "no line `lines =`"),
-        ({"wavelength": "{450, x}"}, "wavelength holds more"),
+        ({"wavelength": "{450, x}"}, "wavelength is not of numbers"),
         ({"wavelength": "{450, 460}"}, "2 values of wavelength, not 12"),
     ]:
         write_envi(header, cube, **lines)
@@ -398,7 +398,7 @@ def tiff(folder):
         tifffile.imwrite(path, array)
         assert np.array_equal(read_cube(path, bands=12), cube)
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)[..., 0]).save(path)
-    refused("a.tif: its axes are YX", read_cube, path)
+    refused("a.tif: uint8 of axes YX", read_cube, path)
     tifffile.imwrite(path, planes, photometric="minisblack", compression="zlib")
     assert np.array_equal(read_cube(path, bands=12), cube)
     path.write_bytes(path.read_bytes()[:100])
@@ -528,12 +528,20 @@ def choice_of_bands(folder, tmp_path):
     for number, (choice, kept) in enumerate(
         [("1-3,12", [0, 1, 2, 11]), ("490-550nm", [2, 3, 5]), ("451", [0]), ("4:6 8", [3, 5, 7])]
     ):
-        index = stage(folder, tmp_path / str(number), "--bands", choice)
+        index = stage(folder, tmp_path / str(number), "--bands", *choice.split())
         assert index["wavelengths"] == [NM[band] for band in kept]
         assert np.array_equal(staged_cube(tmp_path / str(number)), cube[..., kept])
-    refused("--bands 800-900nm leaves none", stage, folder, tmp_path / "t", "--bands", "800-900nm")
+    for choice in ("800-900nm", "13", "0", "1-3,900nm"):
+        refused(
+            "--bands .*: none of bands 1 to 12, 450..670 nm",
+            stage,
+            folder,
+            tmp_path / "t",
+            "--bands",
+            choice,
+        )
+    refused("marks bad", stage, folder, tmp_path / "t", "--bands", "5")
     refused("--bands red", stage, folder, tmp_path / "t", "--bands", "red")
-    refused("--bands 0 leaves none", stage, folder, tmp_path / "t", "--bands", "0")
 
 
 @row
@@ -566,8 +574,17 @@ def names_of_photos(folder):
         (folder / f"{name}.mat").touch()
     scenes = {scene.name: scene.rgb_path for scene in dataset_setup.find_folder_scenes(folder)}
     assert scenes.keys() == {"leaf", "Ant", "bee", "cow", "dog"} and None not in scenes.values()
+    (folder / "ant_rgb.mat").touch()  # a scene of its own, and the photo is its
+    scenes = {scene.name: scene.rgb_path for scene in dataset_setup.find_folder_scenes(folder)}
+    assert scenes["ant_rgb"].name == "Ant_rgb.jpg" and scenes["Ant"] is None
     Image.new("RGB", SIZE[::-1]).save(folder / "bee_RealWorld.jpg")
     refused("bee.* are both scene bee", dataset_setup.find_folder_scenes, folder)
+    for place in ("Train_Spec", "Train_RGB"):
+        (folder / place).mkdir()
+    (folder / "bee.mat").rename(folder / "Train_Spec" / "bee.mat")
+    (folder / "bee_clean.png").rename(folder / "Train_RGB" / "bee_clean.png")
+    (scene,) = dataset_setup.find_scenes(folder)["train"]
+    assert scene.rgb_path.name == "bee_clean.png"
 
 
 @row
