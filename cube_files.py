@@ -392,7 +392,7 @@ def _write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
     """MATLAB v7.3: HDF5 after 512 bytes. MATLAB is column-major: its H x W x bands is
     (bands, W, H) here."""
     bands, height, width = cube.shape
-    with h5py.File(path, "w", userblock_size=512) as file:
+    with h5py.File(path, "w", userblock_size=512, locking=False) as file:
         target = file.create_dataset("cube", (bands, width, height), np.float32)
         for band, rows in blocks(cube):
             target[band, :, rows] = cube[band, rows].T

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -23,11 +24,11 @@ ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 1
 INTERLEAVES = {"bsq": "(c h w) -> h w c", "bil": "(h c w) -> h w c", "bip": "(h w c) -> h w c"}
 # Suffixes of ENVI's data, in the order in which the spectral package looks for them.
 ENVI_SUFFIXES = ("", ".img", ".dat", ".sli", ".hyspex", ".raw", ".bin", ".bsq", ".bil", ".bip")
-NM_PER_UNIT = {"nm": 1.0, "nanometer": 1.0, "angstrom": 0.1, "å": 0.1, "um": 1e3}
+NM_PER_UNIT = {"nm": 1.0, "nanometer": 1.0, "nanom": 1.0, "angstrom": 0.1, "å": 0.1, "um": 1e3}
 # A byte that is no UTF-8 was the µ of Latin-1.
-NM_PER_UNIT |= dict.fromkeys(("micrometer", "micron", "µm", "μm", "\ufffdm"), 1e3)
+NM_PER_UNIT |= dict.fromkeys(("micrometer", "microm", "micron", "µm", "μm", "\ufffdm"), 1e3)
 # Units of which a wavelength is a constant over the value: 1/cm, and frequencies.
-NM_TIMES_UNIT = {"wavenumber": 1e7, "cm-1": 1e7, "1/cm": 1e7, "ghz": 299792458.0}
+NM_TIMES_UNIT = {"wavenumber": 1e7, "cm-1": 1e7, "cm^-1": 1e7, "1/cm": 1e7, "ghz": 299792458.0}
 NM_TIMES_UNIT |= {"mhz": 299792458e3, "thz": 299792.458}
 NO_UNIT = ("", "unknown", "index")
 GDAL_METADATA, GDAL_NODATA = 42112, 42113  # TIFF tags
@@ -66,7 +67,7 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     if not known or nm.min() < 100 or nm.max() > highest:
         raise UserError(
             f"{path}: wavelengths {values.min():g} to {values.max():g} in {facts.unit or 'no unit'}"
-            "; give them in nm as --wavelengths"
+            "; give them in nm as dataset_setup.py --wavelengths"
         )
     return nm.tolist()
 
@@ -102,6 +103,15 @@ def _whole(fields: dict[str, str], name: str, path: Path, default: int | None = 
     if not values:
         raise UserError(f"{path}: no line `{name} =` in the header; add it")
     return int(values[0])
+
+
+def _named_centres(names: Iterable[str]) -> tuple[list[float], str]:
+    """Band centres in names such as "Band 3 (450.5 nm)", and their unit; none unless in each."""
+    found = [re.search(r"(\d+\.?\d*) *(nm|nanom|[uµμ]m|microm)", name, re.I) for name in names]
+    words = [word for word in found if word]
+    if not words or len(words) < len(found):
+        return [], ""
+    return [float(word[1]) for word in words], words[0][2]
 
 
 def envi_data_file(path: Path) -> Path:
@@ -152,9 +162,12 @@ def envi_facts(path: Path) -> Facts:
     if not factor[0] > 0:
         raise UserError(f"{path}: reflectance scale factor = {factor[0]:g}; mend the header")
     no_data = _numbers(fields, "data ignore value", path, 1)
+    centres, unit = _numbers(fields, "wavelength", path, bands), fields.get("wavelength units", "")
+    if not centres:
+        centres, unit = _named_centres(fields.get("band names", "").split(","))
     return Facts(
-        centres=_numbers(fields, "wavelength", path, bands) or None,
-        unit=fields.get("wavelength units", ""),
+        centres=centres,
+        unit=unit,
         bad=bad,
         no_data=no_data[0] if no_data else None,
         factor=factor[0],
@@ -262,12 +275,9 @@ def tiff_facts(path: Path) -> Facts:
             centres = [float(text) for _, text in sorted(named[name].items())]
             stated = named.get("wavelength_units", {}).get(0, "")
             return facts._replace(centres=centres, unit=unit or stated)
-    texts = named.get("description", texts)  # such as "Band 3 (450.5 nm)"
-    words = [re.search(r"(\d+\.?\d*) *(nm|[uµμ]m)", text) for _, text in sorted(texts.items())]
-    found = [word for word in words if word]
-    if found and len(found) == len(words):
-        facts = facts._replace(centres=[float(word[1]) for word in found], unit=found[0][2])
-    return facts
+    names = named.get("description", texts)
+    centres, unit = _named_centres(text for _, text in sorted(names.items()))
+    return facts._replace(centres=centres, unit=unit)
 
 
 def write_tiff(file: Path, cube: np.ndarray, wavelengths: list[float]) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import cube_files
 import dataset_setup
+import sharp_inference
 from common_utils_v32 import UserError
 from cube_files import read_cube, read_wavelengths
 
@@ -238,6 +239,9 @@ def envi_wavelengths(folder, tmp_path):
         lines = {"wavelength": f"{{{', '.join(map(str, values))}}}", "wavelength units": unit}
         write_envi(header, cube, fwhm=lines["wavelength"], **lines)
         assert read_wavelengths(header) == pytest.approx(NM)
+    named = ", ".join(f"Band {band} ({nm:g} Nanometers)" for band, nm in enumerate(NM))
+    write_envi(header, cube, wavelength=None, band_names="{" + named + "}")
+    assert read_wavelengths(header) == NM
     for unit, factor in [("Furlongs", 1), (None, 10), ("Micrometers", 1)]:
         lines = {"wavelength": f"{{{', '.join(map(str, nm * factor))}}}", "wavelength units": unit}
         write_envi(header, cube, **lines)
@@ -324,6 +328,9 @@ def mat_classes(folder):
         file["mask8"] = file["mask"][()].astype(np.uint8)
         file["mask8"].attrs["MATLAB_class"] = np.bytes_("logical")
         file["bands"].attrs["MATLAB_class"] = np.bytes_("char")
+        file["table"] = np.zeros((2, 20, 24), np.uint32)
+        file["table"].attrs["MATLAB_class"] = np.bytes_("table")
+        file["x"].attrs["MATLAB_class"] = np.bytes_("single")
         file["empty"] = np.array([0, 500, 600], np.uint64)
         file["empty"].attrs["MATLAB_empty"] = 1
     assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) is None
@@ -598,6 +605,8 @@ def system_files(folder):
     (folder / "__MACOSX" / "a.png").write_bytes(b"a system's own")
     (scene,) = dataset_setup.find_folder_scenes(folder)
     assert (scene.name, scene.rgb_path) == ("a", None)
+    Image.new("RGB", SIZE).save(folder / "photo.png")
+    assert sharp_inference.find_inputs([str(folder)]) == [folder / "photo.png"]
     assert dataset_setup.find_scenes(folder) == {"train": [], "val": [], "test": []}
 
 
@@ -630,6 +639,8 @@ def written(tmp_path):
         values = read_cube(tmp_path / f"a{suffix}", bands=12)
         assert np.array_equal(values, cube.transpose(1, 2, 0))
         assert read_wavelengths(tmp_path / f"a{suffix}") == (None if kind == "npy" else NM)
+    out = tmp_path / "a.tiff"
+    assert sharp_inference.output_paths([out], out, None) == ([tmp_path / "a.tif"], "tiff")
     tifffile = pytest.importorskip("tifffile")
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
         assert np.array_equal(file.asarray(), cube)
