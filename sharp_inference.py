@@ -46,6 +46,7 @@ from cube_files import (
     WRITTEN,
     allocate_array,
     extra,
+    is_system_file,
     read_photo,
     release,
     write_cube,
@@ -205,7 +206,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     inputs: list[Path] = []
     for pattern in map(Path, patterns):
         if pattern.is_dir():
-            names = sorted(pattern.iterdir())
+            names = sorted(path for path in pattern.iterdir() if not is_system_file(path))
             found = [path for path in names if path.name.lower().endswith(IMAGE_SUFFIXES)]
         elif pattern.exists():
             found = [pattern]
@@ -218,7 +219,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
     """Where each cube goes, and its format: `output` itself when it names a cube file, else
     <output>/<name of the image>."""
-    kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi"}
+    kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi", ".tiff": "tiff"}
     named = None if output.is_dir() else kinds.get(output.suffix.lower())
     if named and (len(inputs) > 1 or kind not in (None, named)):
         raise UserError(
