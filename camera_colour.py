@@ -238,4 +238,5 @@ def _srgb_response(wavelengths: tuple[float, ...]) -> np.ndarray:
     srgb = colour.RGB_COLOURSPACES["sRGB"]
     white = colour.xy_to_XYZ(srgb.whitepoint)
     to_xyz = response / response.sum(axis=0) * white
-    return (to_xyz @ srgb.matrix_XYZ_to_RGB.T).astype(np.float32)
+    weights = to_xyz @ srgb.matrix_XYZ_to_RGB.T
+    return (weights / weights.sum(axis=0)).astype(np.float32)  # the matrix has four decimals

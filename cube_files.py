@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError
@@ -144,52 +144,6 @@ def read_rgb(path: str | Path) -> np.ndarray:
         if image.mode not in ("RGB", "RGBA", "P", "L"):
             raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
         return np.asarray(image.convert("RGB"))
-
-
-def read_photo(path: Path, work: Path) -> tuple[np.ndarray, list[str]]:
-    """An image file or .npy as (H, W, 3) uint8 RGB, and what was changed to make it so. Big ones
-    are mapped to a file in the folder `work`."""
-    if path.suffix == ".npy":
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[2] != 3:
-            raise UserError(f"expected (H, W, 3) uint8, found {stored.shape} {stored.dtype}")
-        return stored, []
-    with Image.open(path) as image:
-        if image.mode == "F":
-            raise UserError("floating-point pixels; save it with 8 bits a channel")
-        remarks = _photo_remarks(image)
-        deep = image.mode.startswith("I")  # one channel of 16 bits
-        upright: Image.Image = ImageOps.exif_transpose(image) if _is_turned(image) else image
-        rgb = allocate_array((upright.height, upright.width, 3), np.uint8, work)
-        for top in range(0, upright.height, 1024):
-            bottom = min(top + 1024, upright.height)
-            strip = upright.crop((0, top, upright.width, bottom))
-            if deep:
-                eight_bits = (np.asarray(strip) / 257).round().clip(0, 255)
-                rgb[top:bottom] = eight_bits[..., None]
-            else:
-                rgb[top:bottom] = np.asarray(strip.convert("RGB"))
-            release(rgb)
-    return rgb, remarks
-
-
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(EXIF_ORIENTATION, 1) != 1
-
-
-def _photo_remarks(image: ImageFile.ImageFile) -> list[str]:
-    """What read_photo changes in this image."""
-    remarks = []
-    # Of 16-bit RGB, Pillow gives the high bytes: only the mode of the stored tiles tells.
-    if image.mode.startswith("I") or ";16" in str(image.tile):
-        remarks.append("16 bit reduced to 8")
-    if _is_turned(image):
-        remarks.append("turned as its EXIF says")
-    if "A" in image.mode or "transparency" in image.info:
-        remarks.append("alpha dropped")
-    if image.mode.startswith(("I", "1", "L")):
-        remarks.append("grey repeated into R, G and B")
-    return remarks
 
 
 def cube_axes(

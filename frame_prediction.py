@@ -36,6 +36,7 @@ FACTORIES = {
     "hsifusion": ("hsifusion_v252_complete", "create_hsifusion_lightning_pro"),
     "sharp": ("sharp_v322_hardened", "create_sharp_v32"),
 }
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "hsifusion_tiny_srgb.safetensors"
 RIVAL = "mst++"  # whose checkpoints are scored too
 # px, the models' least input; smaller images are mirrored at their edges, the output is cut back.
 MIN_SIDE = 64
@@ -58,6 +59,7 @@ class LoadOptions:
     model_size: str = "base"
     model_options: str = "{}"  # other fields of its configuration, as JSON
     rgb_norm: str | None = None
+    rgb_encoding: str | None = None  # linear or srgb
     mst_root: str | None = None  # a checkout of MST++, for its weights
 
 
@@ -89,17 +91,24 @@ class Loaded:
     rgb_norm: str
     wavelengths: list[float]  # nm
     bands: int
+    encoding: str = "linear"  # of the photos that it was trained on, or srgb
     pixel_bytes: float = 0.0  # that a forward needs for each pixel
 
 
 # --- loading
 
 
-def load_model(spec: str, device: torch.device, options: LoadOptions | None = None) -> Loaded:
-    """Read CHECKPOINT or NAME=CHECKPOINT; a pickle that would run code is refused.
+def load_model(
+    spec: str | None = None,
+    device: torch.device | None = None,
+    options: LoadOptions | None = None,
+) -> Loaded:
+    """Read CHECKPOINT or NAME=CHECKPOINT, by default the weights that ship, for sRGB photos; a
+    pickle that would run code is refused.
 
     UserError where the file is none, does not say what it is, or does not fit."""
-    options = options or LoadOptions()
+    options, device = options or LoadOptions(), device or torch.device("cpu")
+    spec = spec or str(SHIPPED_WEIGHTS)
     name, path = _split_name(spec)
     checkpoint = read_checkpoint(path)
     weights = "ema" if options.ema and checkpoint["ema"] else "raw"
@@ -110,6 +119,7 @@ def load_model(spec: str, device: torch.device, options: LoadOptions | None = No
     bands = int(config.get("out_channels") or module.config.out_channels)
     facts = dict(checkpoint["data"] or {})
     facts["rgb_norm"] = _rgb_normalisation(facts.get("rgb_norm"), kind, path, options)
+    facts["rgb_encoding"] = _rgb_encoding(facts.get("rgb_encoding"), path, options)
     known = facts.get("wavelengths") or np.linspace(*FIELD_RANGE, bands)
     facts["wavelengths"] = [float(nm) for nm in known]
     module.to(device)
@@ -124,6 +134,7 @@ def load_model(spec: str, device: torch.device, options: LoadOptions | None = No
         config=config,
         data=facts,
         rgb_norm=facts["rgb_norm"],
+        encoding=facts["rgb_encoding"],
         wavelengths=facts["wavelengths"],
         bands=bands,
     )
@@ -189,6 +200,13 @@ def _rgb_normalisation(recorded: str | None, kind: str, path: str, options: Load
     if asked not in (None, norm):
         raise UserError(f"{path}: was trained with --rgb_norm {norm}")
     return norm
+
+
+def _rgb_encoding(recorded: str | None, path: str, options: LoadOptions) -> str:
+    """As the checkpoint says; of one that does not, as asked, or linear as NTIRE's photos are."""
+    if recorded and options.rgb_encoding not in (None, recorded):
+        raise UserError(f"{path}: was trained with --rgb_encoding {recorded}")
+    return recorded or options.rgb_encoding or "linear"
 
 
 def mst_plus_plus(root: str | None) -> nn.Module:

@@ -22,13 +22,15 @@ FLOORS = {
     "cube_preparation": 2,
     "synthetic_scenes": 2,
     "training_runs": 2,
+    "photo_files": 2,
     "optimized_dataloader": 3,
     "spectral_evaluation": 3,
     "frame_prediction": 3,
-    "dataset_setup": 4,
-    "hsifusion_training": 4,
-    "sharp_training_script_fixed": 4,
-    "sharp_inference": 4,
+    "model_export": 4,
+    "dataset_setup": 5,
+    "hsifusion_training": 5,
+    "sharp_training_script_fixed": 5,
+    "sharp_inference": 5,
 }
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", "UserError"), ("common_utils_v32", "opt")}
 FORMATS = ("raster_files", "array_files")  # rooms whose only door is cube_files

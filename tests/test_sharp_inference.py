@@ -16,8 +16,9 @@ from PIL import Image
 
 import common_utils_v32 as common
 import sharp_inference as inference
-from cube_files import read_cube, read_photo
+from cube_files import read_cube
 from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
+from photo_files import read_photo
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +155,7 @@ def test_images_smaller_than_the_models_least_input_are_padded_and_cut_back(
 
 @pytest.mark.parametrize(
     "mode, remark",
-    [("L", "grey"), ("RGBA", "alpha"), ("I;16", "16 bit"), ("P", "RGB"), ("CMYK", "RGB")],
+    [("L", "grey"), ("RGBA", "alpha"), ("I;16", "grey"), ("P", "RGB"), ("CMYK", "RGB")],
 )
 def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mode, remark):
     pixels = photo(tmp_path / "rgb.png")
@@ -162,10 +163,10 @@ def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mo
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.tif")
     else:
         Image.fromarray(pixels).convert(mode).save(tmp_path / "a.tif")
-    rgb, _ = read_photo(tmp_path / "a.tif", tmp_path)
+    rgb, _, _ = read_photo(tmp_path / "a.tif", tmp_path)
     if mode in ("L", "I;16"):
         assert (rgb == rgb[..., :1]).all()
-    if mode in ("RGBA", "I;16"):
+    if mode == "RGBA":
         assert (rgb[..., 0] == pixels[..., 0]).all()
     run("--checkpoint", checkpoint, "--input", tmp_path / "a.tif", "--output", tmp_path / "a.npy")
     assert remark in capsys.readouterr().out
@@ -175,7 +176,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (90, 70)).save(tmp_path / "a.jpg", exif=exif)
-    rgb, remarks = read_photo(tmp_path / "a.jpg", tmp_path)
+    rgb, remarks, _ = read_photo(tmp_path / "a.jpg", tmp_path)
     assert rgb.shape == (90, 70, 3) and any("EXIF" in remark for remark in remarks)
 
 
