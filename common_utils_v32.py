@@ -1,5 +1,5 @@
 """What two or more of the scripts share: command line from dataclasses, process group and seeds,
-files and checkpoints, states of optimizers, memory.
+files, states of optimizers, memory.
 
 Imports nothing of the project; see README.md for the scripts.
 """
@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import datetime
 import errno
+import importlib
 import json
 import math
 import os
@@ -26,8 +27,6 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 GROUP_PATIENCE = datetime.timedelta(hours=2)  # a rank may have longer scenes to score than another
@@ -352,120 +351,6 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
 
 
-# --- checkpoints
-
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Save tensors and plain types atomically; read_checkpoint reads them without running code."""
-    atomic_write(path, lambda file: torch.save(state, file))
-
-
-def save_weights(
-    path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool
-) -> None:
-    """Save weights as .safetensors, with what rebuilds the model in the file's metadata."""
-    metadata = {
-        "format": "hsi-checkpoint",
-        "model": model,
-        "model_config": to_json(model_config),
-        "data": to_json(data),
-        "averaged": to_json(averaged),
-    }
-    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    payload = safetensors_bytes(weights, metadata)
-    atomic_write(path, lambda file: file.write(payload))
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a trainer's checkpoint, a .safetensors file or a bare state dict; pickled code never
-    runs.
-
-    Returns a dict with at least `model`, `model_config`, `state_dict`, `ema` and `data`, None or {}
-    where unknown. UserError when the file is missing, unreadable, or a pickle that holds more than
-    tensors and plain types."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same
-        reason = "damaged"
-        if "weights_only" in str(error).lower():
-            reason = "it holds more than tensors and plain types"
-        raise UserError(
-            f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    if "state_dict" not in state:  # bare weights
-        state = {"state_dict": state}
-    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | state
-    weights: Any = state["state_dict"]
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(state[key] or {}, dict) for key in ("model_config", "ema", "data")):
-        raise UserError(f"{path}: damaged, its configuration is not a table of settings")
-    return state
-
-
-def _read_safetensors(path: Path) -> dict:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights: dict[str, Tensor] = {}
-            for name in list(file.keys()):
-                weights[name] = file.get_tensor(name)
-        model_config = json.loads(metadata.get("model_config", "{}"))
-        data = json.loads(metadata.get("data", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return {
-        "model": metadata.get("model"),
-        "model_config": model_config,
-        "data": data,
-        "state_dict": weights,
-        "ema": weights if metadata.get("averaged") == "true" else None,
-    }
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def build_from_checkpoint(
-    path: str | Path, kind: str, create: Callable[..., Model], ema: bool = True
-) -> Model:
-    """Rebuild a model from any checkpoint of the trainers, with the averaged weights where there
-    are any and `ema` is on."""
-    state = read_checkpoint(path)
-    if state["model"] not in (kind, None) or not state["model_config"]:
-        found = state["model"] or "bare weights"
-        raise UserError(f"{path}: holds {found}, not a {kind} checkpoint with its configuration")
-    model = create(**state["model_config"])
-    averaged = state["ema"] if ema else None
-    load_weights(model, averaged or state["state_dict"], path)
-    return model
-
-
-def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
-    """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
-    put before names are dropped."""
-    named = {}
-    for name, value in weights.items():
-        named[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
-    try:
-        model.load_state_dict(named)
-    except RuntimeError as error:
-        first = " ".join(str(error).splitlines()[1:2]).strip()[:200]
-        raise UserError(
-            f"{path}: weights do not fit this model, another version or size of it wrote them; "
-            f"train anew ({first})"
-        ) from None
-
-
 # --- optimizer states
 
 
@@ -595,3 +480,10 @@ def _free_in(folder: Path, limit: str, usage: str, cache: str) -> float:
     rows = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
     statistics = dict(row.split() for row in rows)
     return most - used + int(statistics.get(cache, 0))
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints are read and written in checkpoint_files; they are still found here too."""
+    if name in ("save_checkpoint", "read_checkpoint", "save_weights", "load_weights"):
+        return getattr(importlib.import_module("checkpoint_files"), name)
+    raise AttributeError(name)

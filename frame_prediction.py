@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, free_memory, load_weights, read_checkpoint
+from checkpoint_files import load_weights, read_checkpoint
+from common_utils_v32 import UserError, free_memory
 from cube_files import MAPPED_BYTES, release
 
 FACTORIES = {

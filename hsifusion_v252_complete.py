@@ -27,7 +27,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common_utils_v32 import build_from_checkpoint, opt
+from checkpoint_files import build_from_checkpoint
+from common_utils_v32 import opt
 from sparse_attention import sparse_attention_topk_streaming
 from spectral_layers import (
     BASIS_WEIGHT,

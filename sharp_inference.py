@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import common_utils_v32 as common
+from checkpoint_files import save_weights
 from common_utils_v32 import UserError, opt
 from cube_files import (
     WRITTEN,
@@ -484,7 +485,7 @@ def export(model: Loaded, args: Settings) -> None:
     torch's output."""
     folder, side = Path(args.export or "."), args.patch_size or EXPORT_SIDE
     module = model.module.cpu()
-    common.save_weights(
+    save_weights(
         folder / "model.safetensors",
         module.state_dict(),
         model.kind,

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common_utils_v32 as common
+from checkpoint_files import load_weights, read_checkpoint, save_checkpoint, save_weights
 from common_utils_v32 import Ranks, UserError, opt
 from optimized_dataloader import (
     DataConfig,
@@ -215,7 +216,7 @@ class Run:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
         self.stop = StopSignal()
         resume = folder.resume_path(cfg.resume_from)
-        state = common.read_checkpoint(resume) if resume else None
+        state = read_checkpoint(resume) if resume else None
         ranks.agree(
             (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
         )
@@ -259,7 +260,7 @@ class Run:
         common.seed_everything(cfg.seed)
         model = self.create().to(device)
         if state and resume:
-            common.load_weights(model, state["state_dict"], resume)
+            load_weights(model, state["state_dict"], resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
             model.fit_spectral_path(rgb.to(device), cube.to(device))
@@ -500,13 +501,13 @@ class Run:
             "rng": rng,
         }
         state |= {key: getattr(self, key) for key in PROGRESS}
-        common.save_checkpoint(self.folder.checkpoints / name, state)
+        save_checkpoint(self.folder.checkpoints / name, state)
 
     def save_best_weights(self) -> None:
         """best.safetensors: the weights that were scored, for inference."""
         if not self.ranks.is_main:
             return
-        common.save_weights(
+        save_weights(
             self.folder.checkpoints / "best.safetensors",
             self.averaged_model().state_dict(),
             MODEL,

@@ -7,6 +7,7 @@ from conftest import ROOT
 
 FLOORS = {
     "common_utils_v32": 1,
+    "checkpoint_files": 1,
     "spectral_layers": 1,
     "sparse_attention": 1,
     "camera_colour": 1,
@@ -24,7 +25,8 @@ FLOORS = {
     "sharp_training_script_fixed": 4,
     "sharp_inference": 4,
 }
-OPEN_TO_NEIGHBOURS = {("common_utils_v32", "UserError"), ("common_utils_v32", "opt")}
+OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt")}
+OPEN_TO_NEIGHBOURS |= {("common_utils_v32", name) for name in ("atomic_write", "to_json")}
 MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
 DATA_CODE = ("cube_files", "scene_folders", "synthetic_scenes", "camera_colour", "training_runs")
 FILES = sorted(ROOT.glob("*.py"))
