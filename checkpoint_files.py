@@ -6,10 +6,15 @@ state = read_checkpoint("last.ckpt")                  # or a .safetensors file, 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +23,36 @@ from torch import Tensor, nn
 
 from common_utils_v32 import UserError, atomic_write, to_json
 
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # what DDP and torch.compile put before names
+DIGEST = "sha256"  # of weights and metadata, in the metadata of a .safetensors file
 
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Save tensors and plain types atomically; read_checkpoint reads them without running code."""
-    atomic_write(path, lambda file: torch.save(state, file))
+
+def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
+    """Save tensors and plain types atomically; read_checkpoint reads them without running code.
+    The file that was there before becomes `previous`, where that is given."""
+    memory = io.BytesIO()  # written to a full disk, torch.save would not say that it is full
+    torch.save(state, memory)
+
+    def write(file: BinaryIO) -> None:
+        file.write(memory.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+        if previous is not None and Path(path).exists():
+            _keep(Path(path), previous)
+
+    atomic_write(path, write)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """`path` becomes `previous` and stays itself: at no moment is there neither."""
+    link = previous.with_name(f".{previous.name}.link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        os.replace(path, previous)
+    else:
+        os.replace(link, previous)
 
 
 def save_weights(
@@ -36,8 +67,18 @@ def save_weights(
         "averaged": to_json(averaged),
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    payload = safetensors_bytes(weights, metadata)
+    payload = safetensors_bytes(weights, metadata | {DIGEST: _digest(weights, metadata)})
     atomic_write(path, lambda file: file.write(payload))
+
+
+def _digest(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of weights, and of the metadata."""
+    sha = hashlib.sha256(to_json(metadata, sort_keys=True).encode())
+    for name in sorted(weights):
+        value = weights[name]
+        sha.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -45,22 +86,12 @@ def read_checkpoint(path: str | Path) -> dict:
     runs.
 
     Returns a dict with at least `model`, `model_config`, `state_dict`, `ema` and `data`, None or {}
-    where unknown. UserError when the file is missing, unreadable, or a pickle that holds more than
+    where unknown. UserError when the file is missing, damaged, or a pickle that holds more than
     tensors and plain types."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same
-        reason = "damaged"
-        if "weights_only" in str(error).lower():
-            reason = "it holds more than tensors and plain types"
-        raise UserError(
-            f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
-        ) from None
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if "state_dict" not in state:  # bare weights
@@ -76,6 +107,34 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def _read_torch(path: Path) -> Any:
+    try:
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same
+        reason = "damaged"
+        if "weights_only" in str(error).lower():
+            reason = "it holds more than tensors and plain types"
+        raise UserError(
+            f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
+        ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """An error unless a file of torch.save is as it was written: torch.load looks at no checksum.
+    It is an archive without compression, so that no part of it can grow when read. Files of torch
+    before 1.6 are no archives and have no checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        if packed or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("larger than its file")
+        if archive.testzip():
+            raise ValueError("another checksum")
+
+
 def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
@@ -83,9 +142,12 @@ def _read_safetensors(path: Path) -> dict:
             weights: dict[str, Tensor] = {}
             for name in list(file.keys()):
                 weights[name] = file.get_tensor(name)
+        digest = metadata.pop(DIGEST, None)
+        if digest not in (None, _digest(weights, metadata)):
+            raise ValueError("damaged: another checksum")
         model_config = json.loads(metadata.get("model_config", "{}"))
         data = json.loads(metadata.get("data", "{}"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return {
         "model": metadata.get("model"),
@@ -117,9 +179,7 @@ def build_from_checkpoint(
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
     put before names are dropped."""
-    named = {}
-    for name, value in weights.items():
-        named[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
+    named = {WRAPPERS.sub("", name): value for name, value in weights.items()}
     try:
         model.load_state_dict(named)
     except RuntimeError as error:

@@ -7,6 +7,7 @@ Imports nothing of the project; see README.md for the scripts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -16,9 +17,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -29,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
 GROUP_PATIENCE = datetime.timedelta(hours=2)  # a rank may have longer scenes to score than another
 
 
@@ -307,7 +312,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     keeps the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
@@ -320,6 +325,25 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{path}: the disk is full; make room, run the same again") from None
         raise
+
+
+def temporary_prefix(name: str) -> str:
+    """How the name of a temporary file or folder begins: with whose it is, for remove_leftovers."""
+    return f".{name[:100]}.{socket.gethostname()}-{os.getpid()}-"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove a folder's temporary files and folders whose process was killed: it is no more, or it
+    ran on another machine an hour ago. Called before this process writes there."""
+    for path in folder.glob(".*-*-????????"):
+        owner = re.fullmatch(r"\..+\.(.+)-(\d+)-\w{8}", path.name)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if owner is None:
+                continue
+            ended = int(owner[2]) == os.getpid() or not psutil.pid_exists(int(owner[2]))
+            here = owner[1] == socket.gethostname()
+            if (here and ended) or time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def to_json(value: Any, **kwargs: Any) -> str:

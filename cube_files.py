@@ -25,7 +25,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageFile, ImageOps
 
-from common_utils_v32 import UserError
+from common_utils_v32 import UserError, temporary_prefix
 
 CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
 BAND_KEYS = ("bands", "wavelengths", "wavelength", "Wavelengths", "Wavelength", "lambda", "wl")
@@ -278,7 +278,7 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
     The final name appears only when the file is complete. A mapped array's file may become the
     cube's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cube-", dir=path.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
         if kind == "npy":
             _write_npy(file, cube)

@@ -36,6 +36,7 @@ from common_utils_v32 import (
     UserError,
     atomic_write,
     read_json,
+    remove_leftovers,
     run_cli,
     write_json,
     write_text,
@@ -236,6 +237,8 @@ def _wavelengths(args: argparse.Namespace, path: Path, bands: int) -> list[float
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
     """Take the output folder if it is new, empty, or was begun with these settings (kept in
     `path`), and `needed` bytes fit."""
+    for folder in (root, *root.glob("*")):
+        remove_leftovers(folder)
     if path.exists():
         old = OLD_SETTINGS | read_json(path)
         for name, value in settings.items():

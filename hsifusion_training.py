@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common_utils_v32 as common
-from checkpoint_files import load_weights, read_checkpoint, save_checkpoint, save_weights
+from checkpoint_files import load_weights, save_weights
 from common_utils_v32 import Ranks, UserError, opt
 from hsifusion_v252_complete import (
     SIZES,
@@ -214,8 +214,7 @@ class Run:
     ) -> None:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
         self.stop = StopSignal()
-        resume = folder.resume_path(cfg.resume_from)
-        state = read_checkpoint(resume) if resume else None
+        resume, state = folder.resume(cfg.resume_from)
         ranks.agree(
             (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
         )
@@ -524,7 +523,7 @@ class Run:
             "rng": rng,
         }
         state |= average | {key: getattr(self, key) for key in PROGRESS}
-        save_checkpoint(self.folder.checkpoints / name, state)
+        self.folder.save(name, state)
 
     def save_best_weights(self) -> None:
         """best.safetensors: the weights that were scored, for inference."""

@@ -26,7 +26,9 @@ FLOORS = {
     "sharp_inference": 4,
 }
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt")}
-OPEN_TO_NEIGHBOURS |= {("common_utils_v32", name) for name in ("atomic_write", "to_json")}
+OPEN_TO_NEIGHBOURS |= {
+    ("common_utils_v32", name) for name in ("atomic_write", "temporary_prefix", "to_json")
+}
 MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
 DATA_CODE = ("cube_files", "scene_folders", "synthetic_scenes", "camera_colour", "training_runs")
 FILES = sorted(ROOT.glob("*.py"))
