@@ -371,7 +371,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; UserError when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
 
 

@@ -483,6 +483,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write a checkpoint with all that a bit-exact resume needs; every rank takes part."""
+        self.train_loader.check.finish(self.ranks)
         rng = self.ranks.gather(rng_state())
         self.saved_at = time.monotonic()
         if not self.ranks.is_main:
