@@ -1,5 +1,5 @@
-"""What two or more of the scripts share: command line from dataclasses, seeds, files, checkpoints,
-states of optimizers.
+"""What two or more of the scripts share: command line from dataclasses, seeds, files, states of
+optimizers.
 
 Imports nothing of the project; see README.md for the scripts.
 """
@@ -7,23 +7,31 @@ Imports nothing of the project; see README.md for the scripts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import random
+import re
+import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+
+LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
+
 
 # --- command line
 
@@ -202,7 +210,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     keeps the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
@@ -215,6 +223,25 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{path}: the disk is full; make room, run the same again") from None
         raise
+
+
+def temporary_prefix(name: str) -> str:
+    """How the name of a temporary file or folder begins: with whose it is, for remove_leftovers."""
+    return f".{name[:100]}.{socket.gethostname()}-{os.getpid()}-"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove a folder's temporary files and folders whose process was killed: it is no more, or it
+    ran on another machine an hour ago. Called before this process writes there."""
+    for path in folder.glob(".*-*-????????"):
+        owner = re.fullmatch(r"\..+\.(.+)-(\d+)-\w{8}", path.name)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if owner is None:
+                continue
+            ended = int(owner[2]) == os.getpid() or not psutil.pid_exists(int(owner[2]))
+            here = owner[1] == socket.gethostname()
+            if (here and ended) or time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def to_json(value: Any, **kwargs: Any) -> str:
@@ -242,122 +269,8 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; UserError when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
-
-
-# --- checkpoints
-
-
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Save tensors and plain types atomically; read_checkpoint reads them without running code."""
-    atomic_write(path, lambda file: torch.save(state, file))
-
-
-def save_weights(
-    path: str | Path, state_dict: dict, model: str, model_config: dict, data: dict, averaged: bool
-) -> None:
-    """Save weights as .safetensors, with what rebuilds the model in the file's metadata."""
-    metadata = {
-        "format": "hsi-checkpoint",
-        "model": model,
-        "model_config": to_json(model_config),
-        "data": to_json(data),
-        "averaged": to_json(averaged),
-    }
-    weights = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    payload = safetensors_bytes(weights, metadata)
-    atomic_write(path, lambda file: file.write(payload))
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a trainer's checkpoint, a .safetensors file or a bare state dict; pickled code never
-    runs.
-
-    Returns a dict with at least `model`, `model_config`, `state_dict`, `ema` and `data`, None or {}
-    where unknown. UserError when the file is missing, unreadable, or a pickle that holds more than
-    tensors and plain types."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same
-        reason = "damaged"
-        if "weights_only" in str(error).lower():
-            reason = "it holds more than tensors and plain types"
-        raise UserError(
-            f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    if "state_dict" not in state:  # bare weights
-        state = {"state_dict": state}
-    state = {"model": None, "model_config": {}, "ema": None, "data": {}} | state
-    weights: Any = state["state_dict"]
-    if not isinstance(weights, dict) or not weights:
-        raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(state[key] or {}, dict) for key in ("model_config", "ema", "data")):
-        raise UserError(f"{path}: damaged, its configuration is not a table of settings")
-    return state
-
-
-def _read_safetensors(path: Path) -> dict:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights: dict[str, Tensor] = {}
-            for name in list(file.keys()):
-                weights[name] = file.get_tensor(name)
-        model_config = json.loads(metadata.get("model_config", "{}"))
-        data = json.loads(metadata.get("data", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return {
-        "model": metadata.get("model"),
-        "model_config": model_config,
-        "data": data,
-        "state_dict": weights,
-        "ema": weights if metadata.get("averaged") == "true" else None,
-    }
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def build_from_checkpoint(
-    path: str | Path, kind: str, create: Callable[..., Model], ema: bool = True
-) -> Model:
-    """Rebuild a model from any checkpoint of the trainers, with the averaged weights where there
-    are any and `ema` is on."""
-    state = read_checkpoint(path)
-    if state["model"] not in (kind, None) or not state["model_config"]:
-        found = state["model"] or "bare weights"
-        raise UserError(f"{path}: holds {found}, not a {kind} checkpoint with its configuration")
-    model = create(**state["model_config"])
-    averaged = state["ema"] if ema else None
-    load_weights(model, averaged or state["state_dict"], path)
-    return model
-
-
-def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
-    """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
-    put before names are dropped."""
-    named = {}
-    for name, value in weights.items():
-        named[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
-    try:
-        model.load_state_dict(named)
-    except RuntimeError as error:
-        first = " ".join(str(error).splitlines()[1:2]).strip()[:200]
-        raise UserError(
-            f"{path}: weights do not fit this model, another version or size of it wrote them; "
-            f"train anew ({first})"
-        ) from None
 
 
 # --- optimizer states
@@ -451,3 +364,10 @@ class WeightAverage:
 def make_average(model: nn.Module, decay: float, every: int) -> WeightAverage | None:
     """The average of a model's weights; None where decay is 0."""
     return WeightAverage(model, decay, every) if decay > 0 else None
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints are read and written in checkpoint_files; they are still found here too."""
+    if name in ("save_checkpoint", "read_checkpoint", "save_weights", "load_weights"):
+        return getattr(importlib.import_module("checkpoint_files"), name)
+    raise AttributeError(name)

@@ -27,7 +27,7 @@ from einops import rearrange
 from PIL import Image
 
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
-from common_utils_v32 import UserError
+from common_utils_v32 import UserError, temporary_prefix
 from raster_files import (
     Facts,
     envi_data_file,
@@ -282,7 +282,7 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
     The final name appears only when the file is complete. A mapped array's file may become the
     cube's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cube-", dir=path.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
         if kind == "npy":
             _write_npy(file, cube)

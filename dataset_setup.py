@@ -43,6 +43,7 @@ from common_utils_v32 import (
     UserError,
     atomic_write,
     read_json,
+    remove_leftovers,
     run_cli,
     write_json,
     write_text,
@@ -224,6 +225,8 @@ def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, in
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
     """Take the output folder if it is new, empty, or was begun with these settings (kept in
     `path`), and `needed` bytes fit."""
+    for folder in (root, *root.glob("*")):
+        remove_leftovers(folder)
     files = [file for file in root.rglob("*") if file.is_file()]
     if path.exists() and files != [path]:  # else nothing was written with the settings in it
         old = OLD_SETTINGS | read_json(path)

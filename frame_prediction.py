@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, load_weights, read_checkpoint
+from checkpoint_files import load_weights, read_checkpoint
+from common_utils_v32 import UserError
 from compute_devices import free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 

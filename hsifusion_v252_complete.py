@@ -36,7 +36,8 @@ from attention_windows import (
     rotate,
     window_count,
 )
-from common_utils_v32 import build_from_checkpoint, opt
+from checkpoint_files import build_from_checkpoint
+from common_utils_v32 import opt
 from sparse_attention import sparse_attention_topk_streaming
 from spectral_layers import (
     BASIS_WEIGHT,

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import common_utils_v32 as common
+from checkpoint_files import save_weights
 from common_utils_v32 import UserError
 from cube_files import extra
 from frame_prediction import MIN_SIDE, Loaded
@@ -24,7 +25,7 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
     torch's output."""
     side = side or EXPORT_SIDE
     module = model.module.cpu()
-    common.save_weights(
+    save_weights(
         folder / "model.safetensors",
         module.state_dict(),
         model.kind,

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from camera_colour import linear_light
 from common_utils_v32 import UserError, opt
-from scene_folders import RawScenes, Scenes, StagedScenes
+from scene_folders import FileCheck, RawScenes, Scenes, StagedScenes
 from training_runs import leave_process_group
 
 RGB_DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16}
@@ -111,6 +111,9 @@ class DataConfig:
     on_gpu: bool = False  # batches go to one: they are pinned, and read by workers
     cube_key: str | None = _data(None, "name of the cube in raw files, if it is not a usual one")
     axes: str | None = _data(None, "stored order of h, w and c in raw files, if it cannot be told")
+    verify: bool = _data(
+        True, "hold staged files against their checksums meanwhile; no checkpoint before that ends"
+    )
     val_split: str = _data("val", "split to validate on", choices=("train", "val", "test"))
 
     def __post_init__(self) -> None:
@@ -277,6 +280,7 @@ class TrainLoader:
         self.config = config
         self.wavelengths = dataset.scenes.wavelengths
         self.rgb = dataset.scenes.rgb
+        self.check = FileCheck([])  # of the files that are read
         whole_pass = math.ceil(len(dataset) / (config.batch_size * config.world_size))
         self.iterations = config.iterations_per_epoch or whole_pass
         # (epoch, iteration) still to come; the loader's sampler.
@@ -437,6 +441,9 @@ def create_optimized_dataloaders(config: DataConfig) -> tuple[TrainLoader, ValLo
             f"--data_root {config.data_root}: training and validation scenes differ in their "
             f"{what}; stage it again"
         )
+    if config.verify:
+        checksums = [*train.dataset.scenes.checksums, *val.scenes.checksums]
+        train.check = FileCheck(checksums[config.rank :: config.world_size])
     return train, val
 
 

@@ -14,9 +14,10 @@ import math
 import mmap
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from camera_colour import SRGB
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
-from compute_devices import free_memory
+from compute_devices import Ranks, free_memory
 from cube_files import (
     CUBE_SUFFIXES,
     RGB_SUFFIXES,
@@ -43,7 +44,9 @@ from cube_files import (
     scene_name,
 )
 
+BLOCK_BYTES = 4 << 20  # of a file that are hashed at once
 IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
+LONGEST_NAME = 200  # bytes of a scene's name: file systems allow 255, and suffixes come after it
 INDEX_FORMAT, INDEX_VERSION = "hsi-staged", 2
 SPLITS = ("train", "val", "test")
 RGB_DTYPES, RGB_ENCODINGS = ("uint8", "uint16"), ("linear", "srgb")
@@ -104,11 +107,35 @@ def read_split_list(path: Path) -> list[str]:
         if name.lower().endswith(CUBE_SUFFIXES + RGB_SUFFIXES):
             name = name.rsplit(".", 1)[0]
         if name:
+            check_scene_name(name, path)
             names.append(name)
     for name, count in Counter(names).items():
         if count > 1:
             raise UserError(f"{path}: {name} is listed twice; mend the list")
     return names
+
+
+def check_scene_name(name: Any, source: Path) -> None:
+    """UserError unless a scene's name, written in `source`, can be a file's: files are called by
+    it, and must not come to lie elsewhere."""
+    plain = isinstance(name, str) and name.isprintable() and PureWindowsPath(name).name == name
+    if not plain or name.startswith(".") or not 0 < len(name.encode()) <= LONGEST_NAME:
+        shown = repr(name)[:60]
+        raise UserError(f"{source}: {shown} cannot be a scene's name; mend it, no folders in it")
+
+
+def check_inside(root: Path, name: Any, source: Path) -> None:
+    """UserError where a file's name, written in `source`, leads out of `root`: by being absolute,
+    by .., or by a link that neither this user nor the owner of `root` made."""
+    parts = PureWindowsPath(name).parts  # it takes both kinds of slash for one
+    if not parts or PureWindowsPath(name).anchor or ".." in parts:
+        raise UserError(f"{source}: {name!r} leads out of {root}; stage again")
+    trusted = {root.stat().st_uid, os.getuid() if hasattr(os, "getuid") else 0}
+    path = root
+    for part in parts:
+        path = path / part
+        if path.is_symlink() and path.lstat().st_uid not in trusted:
+            raise UserError(f"{path}: a link that somebody else made; remove it, stage again")
 
 
 def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -213,6 +240,7 @@ class Scenes:
     dtype: str = "float32"  # of the patches' cubes
     settings: dict[str, Any] = {}  # that a folder was staged with
     frames: Sequence[Frame] = ()  # all scenes, once they are in RAM
+    checksums: Sequence[tuple[Path, str]] = ()  # SHA-256 of its files, where they are known
 
     def arrays(self, scene: int) -> Frame:
         """The whole scene, mapped or decoded."""
@@ -277,6 +305,16 @@ def _read_rgb_facts(index: dict[str, Any], path: Path) -> RgbFacts:
     return RgbFacts(dtype, encoding, index["rgb"]["camera"])
 
 
+def _checksums(root: Path, entries: list[dict[str, Any]]) -> list[tuple[Path, str]]:
+    """Files of the scenes, and the SHA-256 that the index has of them."""
+    found = []
+    for entry in entries:
+        for kind in ("cube", "rgb"):
+            if f"{kind}_sha256" in entry:
+                found.append((root / entry[kind], entry[f"{kind}_sha256"]))
+    return found
+
+
 class StagedScenes(Scenes):
     """A split of a staged folder, whose index.json is of version 1 or 2."""
 
@@ -296,6 +334,9 @@ class StagedScenes(Scenes):
             self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
             self.rgb = _read_rgb_facts(index, path)
             for entry in self.entries:
+                check_scene_name(entry["name"], path)
+                for kind in {"cube", "rgb"} & entry.keys():
+                    check_inside(root, entry[kind], path)
                 if "cube" not in entry:
                     raise UserError(f"{root}: split {split} has no cubes; choose train or val")
                 if entry["shape"][2] != self.bands:
@@ -303,6 +344,7 @@ class StagedScenes(Scenes):
                         f"{root / entry['cube']}: {entry['shape'][2]} bands, "
                         f"the others have {self.bands}"
                     )
+            self.checksums = _checksums(root, self.entries)
             self.names = [entry["name"] for entry in self.entries]
             self.shapes = [tuple(entry["shape"][:2]) for entry in self.entries]
             if {entry["dtype"] for entry in self.entries} == {"float16"}:
@@ -497,11 +539,46 @@ def _pooled_statistics(entries: list[dict]) -> dict[str, Any]:
 
 def is_intact(root: Path, entry: dict[str, Any]) -> bool:
     """Whether the files of a scene's record are as they were written."""
-    for kind in ("cube", "rgb"):
-        if kind in entry:
-            file = root / entry[kind]
-            if not file.exists():
-                return False
-            if hashlib.sha256(file.read_bytes()).hexdigest() != entry[f"{kind}_sha256"]:
-                return False
-    return True
+    files = _checksums(root, [entry])
+    complete = len(files) == ("cube" in entry) + ("rgb" in entry)
+    return complete and all(file.exists() and file_sha256(file) == sha for file, sha in files)
+
+
+def file_sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+class FileCheck:
+    """Holds files against their SHA-256 in a thread of its own, while other work goes on."""
+
+    def __init__(self, checksums: Sequence[tuple[Path, str]]) -> None:
+        self.checksums = checksums
+        self.problems: list[str] = []
+        self.finished = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        for path, digest in self.checksums:
+            try:
+                intact = file_sha256(path) == digest
+            except OSError as error:
+                self.problems.append(f"{path}: {error}")
+                continue
+            if not intact:
+                self.problems.append(f"{path}: not as it was staged, damaged; stage again")
+
+    def finish(self, ranks: Ranks) -> None:
+        """Wait for the end, on all ranks. UserError, on all of them, where a file differs."""
+        if self.finished:
+            return
+        self.thread.join()
+        problems = ranks.gather_lists(self.problems)
+        if problems:
+            count = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+            raise UserError(problems[0] + count)
+        self.finished = True

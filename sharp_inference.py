@@ -271,7 +271,8 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             raise UserError(f"{file}: exists; give --overwrite to replace it")
     start = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".inference-", dir=target.parent) as folder:
+    prefix = common.temporary_prefix("inference")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
         work = Path(folder)
         rgb, remarks, ordinary = read_photo(path, work)
         if ordinary and model.encoding == "linear":
@@ -333,6 +334,8 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
     """Each rank its share of the inputs. What fails is listed when the others are done."""
     inputs = find_inputs(args.input)
     targets, kind = output_paths(inputs, Path(args.output or "."), args.format)
+    for folder in {target.parent for target in targets}:
+        common.remove_leftovers(folder)
     first: dict[Path, Path] = {}  # the first input that gives a target
     for path, target in zip(inputs, targets, strict=True):
         first.setdefault(target, path)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 import compute_devices as devices
+from checkpoint_files import load_weights, save_weights
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks
 from frame_prediction import predict_frame
@@ -184,8 +185,7 @@ class Run:
     ) -> None:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
         self.stop = StopSignal()
-        resume = folder.resume_path(cfg.resume_from)
-        state = common.read_checkpoint(resume) if resume else None
+        resume, state = folder.resume(cfg.resume_from)
 
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         cfg.on_gpu = device.type == "cuda"
@@ -231,7 +231,7 @@ class Run:
         common.seed_everything(cfg.seed)
         model = self.create().to(device)
         if state and resume:
-            common.load_weights(model, state["state_dict"], resume)
+            load_weights(model, state["state_dict"], resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
             model.fit_spectral_path(rgb.to(device), cube.to(device))
@@ -468,6 +468,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write a checkpoint with all that a bit-exact resume needs; every rank takes part."""
+        self.train_loader.check.finish(self.ranks)
         rng = self.ranks.gather(rng_state())
         self.saved_at = time.monotonic()
         if not self.ranks.is_main:
@@ -485,13 +486,13 @@ class Run:
             "rng": rng,
         }
         state |= {key: getattr(self, key) for key in PROGRESS}
-        common.save_checkpoint(self.folder.checkpoints / name, state)
+        self.folder.save(name, state)
 
     def save_best_weights(self) -> None:
         """best.safetensors: the weights that were scored, for inference."""
         if not self.ranks.is_main:
             return
-        common.save_weights(
+        save_weights(
             self.folder.checkpoints / "best.safetensors",
             self.averaged_model().state_dict(),
             MODEL,

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint_files import build_from_checkpoint
 from common_utils_v32 import (
-    build_from_checkpoint,
     decay_groups,
     make_average,
     make_scaler,

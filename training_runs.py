@@ -11,18 +11,19 @@ import platform
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common_utils_v32 import UserError, to_json, write_text
+from checkpoint_files import read_checkpoint, save_checkpoint
+from common_utils_v32 import UserError, remove_leftovers, to_json, write_text
 from compute_devices import Ranks
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
-LEFTOVER_AGE = 3600  # seconds after which a temporary file of a checkpoint is taken for a kill's
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the checkpoint to go on from, the one before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,30 +40,45 @@ class RunFolder:
         checkpoints = os.environ.get("HSI_CKPT_DIR") or output_dir
         return cls(Path(logs, name), Path(checkpoints, name))
 
-    def resume_path(self, resume_from: str | None) -> Path | None:
-        """The checkpoint to go on from: a path as given, `auto` for last.ckpt where there is one,
-        None for a new run. UserError where a new run would write over an old one."""
-        last = self.checkpoints / "last.ckpt"
+    def resume(self, resume_from: str | None) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint to go on from, and its state: a path as given; `auto` for last.ckpt, the
+        one before where that is damaged, or none where neither is there; None for a new run.
+        UserError where a new run would write over an old one."""
+        last, previous = self.checkpoints / LAST, self.checkpoints / PREVIOUS
         if resume_from:
-            self._remove_leftovers()
+            remove_leftovers(self.checkpoints)
+            remove_leftovers(self.logs)
         if resume_from == "auto":
-            return last if last.exists() else None
+            return self._newest(last, previous)
         if resume_from:
-            return Path(resume_from)
-        for sign in (last, self.logs / "config.json"):
+            return Path(resume_from), read_checkpoint(resume_from)
+        for sign in (last, previous, self.logs / "config.json"):
             if sign.exists():
                 raise UserError(
                     f"{sign.parent} holds a run: give --resume_from auto to go on, or another "
                     "--experiment_name"
                 )
-        return None
+        return None, None
 
-    def _remove_leftovers(self) -> None:
-        """Temporary files that a kill left, long enough ago that no run is writing them."""
-        for file in self.checkpoints.glob(".*.ckpt.*"):
-            with contextlib.suppress(FileNotFoundError):  # another rank was first
-                if time.time() - file.stat().st_mtime > LEFTOVER_AGE:
-                    file.unlink()
+    def _newest(self, last: Path, previous: Path) -> tuple[Path, dict] | tuple[None, None]:
+        """The newer of two checkpoints that is not damaged. A damaged one is moved out of the way,
+        so that it never takes the place of the one before."""
+        if last.exists():
+            try:
+                return last, read_checkpoint(last)
+            except UserError as error:
+                if not previous.exists():
+                    raise
+                damaged = last.with_suffix(".damaged")
+                print(f"{error}; kept as {damaged}, going on from {previous}", file=sys.stderr)
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    os.replace(last, damaged)
+        return (previous, read_checkpoint(previous)) if previous.exists() else (None, None)
+
+    def save(self, name: str, state: dict) -> None:
+        """Write a checkpoint; the last.ckpt before it is kept as previous.ckpt."""
+        previous = self.checkpoints / PREVIOUS if name == LAST else None
+        save_checkpoint(self.checkpoints / name, state, previous)
 
 
 class RunLog:

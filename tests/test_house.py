@@ -7,6 +7,7 @@ from conftest import ROOT
 
 FLOORS = {
     "common_utils_v32": 1,
+    "checkpoint_files": 1,
     "compute_devices": 1,
     "attention_windows": 1,
     "spectral_layers": 1,
@@ -32,7 +33,8 @@ FLOORS = {
     "sharp_training_script_fixed": 5,
     "sharp_inference": 5,
 }
-OPEN_TO_NEIGHBOURS = {("common_utils_v32", "UserError"), ("common_utils_v32", "opt")}
+WRITERS = ("atomic_write", "temporary_prefix", "to_json")
+OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt", *WRITERS)}
 FORMATS = ("raster_files", "array_files")  # rooms whose only door is cube_files
 MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
 DATA_CODE = (

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import attention_windows as windows_of
 import hsifusion_v252_complete as hsi
-from common_utils_v32 import UserError, save_checkpoint
+from checkpoint_files import save_checkpoint
+from common_utils_v32 import UserError
 from hsifusion_v252_complete import (
     LightningProBlock,
     LightningProConfig,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sharp_v322_hardened as sharp
-from common_utils_v32 import save_checkpoint
+from checkpoint_files import save_checkpoint
 from sharp_v322_hardened import (
     ChannelRMSNorm,
     RBFProjection,
