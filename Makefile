@@ -26,6 +26,11 @@ test: setup
 soak: setup
 	$(PY) -m pytest -m soak --timeout 7200
 
+# Trains what ships in weights/ from nothing; stopped and started again it goes on.
+.PHONY: weights
+weights: setup
+	$(PY) benchmarks/train_weights.py
+
 lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .

@@ -211,6 +211,11 @@ def missing_compiler(device: torch.device) -> str:
     return "" if any(shutil.which(name) for name in names) else "a C++ compiler"
 
 
+def first_output(output: Any) -> Tensor:
+    """A model's cube, where it gives a scale beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def trial_step(
     network: nn.Module, shape: tuple[int, ...], device: torch.device, amp: torch.dtype | None
 ) -> None:
@@ -223,8 +228,7 @@ def trial_step(
     with alone:
         with torch.autocast(device.type, amp, enabled=amp is not None):
             output = network(rgb)
-        cube = output[0] if isinstance(output, tuple) else output
-        cube.float().mean().backward()
+        first_output(output).float().mean().backward()
     network.zero_grad(set_to_none=True)
 
 

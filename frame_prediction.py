@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint_files import load_weights, read_checkpoint
 from common_utils_v32 import UserError
-from compute_devices import free_cuda_memory, free_memory, is_out_of_memory
+from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 
 FACTORIES = {
@@ -404,8 +404,7 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
     took more memory than there is and was predicted in tiles, which is said."""
 
     def run(x: Tensor) -> Tensor:
-        output = network(x.to(device))
-        return output[0] if isinstance(output, tuple) else output
+        return first_output(network(x.to(device)))
 
     try:
         return run(rgb)

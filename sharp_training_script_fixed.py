@@ -58,8 +58,10 @@ from training_runs import (
     StopSignal,
     check_resumed_data,
     environment_record,
+    keeps_best,
     rng_state,
     set_rng_state,
+    start_weights,
 )
 
 MODEL = "sharp"
@@ -134,6 +136,9 @@ class TrainConfig(DataConfig):
     experiment_name: str = opt("", "folder of this run (default: sharp)", group="run")
     resume_from: str | None = opt(
         None, "checkpoint to go on from; `auto`: last.ckpt if any", group="run"
+    )
+    init_from: str | None = opt(
+        None, "weights to start a new run from, .ckpt or .safetensors", group="run"
     )
     log_interval: int = opt(50, "optimizer steps between log lines", group="run")
     save_minutes: float = opt(10.0, "minutes between saves inside an epoch", group="run")
@@ -234,7 +239,8 @@ class Run:
             load_weights(model, state["state_dict"], resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
-            model.fit_spectral_path(rgb.to(device), cube.to(device))
+            rgb, cube = rgb.to(device), cube.to(device)
+            self.say(start_weights(model, MODEL, cfg.init_from, rgb, cube, self.loss_fn))
         if cfg.use_channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network: nn.Module = model
@@ -341,8 +347,8 @@ class Run:
             return STOPPED
         if self.ranks.is_main:
             self.write_summary(time.monotonic() - start)
-        best = self.folder.checkpoints / "best.ckpt"
-        self.say(f"done: best crop MRAE {self.best:.4f} in {best}")
+        best = f"best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}"
+        self.say(f"done: {best if math.isfinite(self.best) else 'no validation gave a number'}")
         return 0
 
     def train_epoch(self) -> bool:
@@ -535,9 +541,8 @@ class Run:
                 f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now "
                 f"has {self.iterations}; give its --iterations_per_epoch, --batch_size and ranks"
             )
-        for key in ("metric_floor", "val_crop_border"):
-            if state["settings"][key] != getattr(cfg, key):  # the best is of another measure
-                self.best, self.best_metrics = math.inf, {}
+        if not keeps_best(state["settings"], cfg, self.folder):
+            self.best, self.best_metrics = math.inf, {}
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
         self.say(f"resumed: {path} at {place}")
 
