@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common_utils_v32 as common
+from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks, init_process_group, prepare_cuda
 from cube_files import (
@@ -49,6 +50,7 @@ from cube_files import (
     release,
     write_cube,
 )
+from evaluation_report import write_report
 from frame_prediction import (
     FACTORIES,
     MAX_TILE,
@@ -114,6 +116,7 @@ class Settings:
     )
     preview: bool = files(False, "write sRGB, band montage and spectra beside each cube, as PNG")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
+    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
     device: str = computing("auto", "auto, cpu, cuda or cuda:N")
     patch_size: int | None = computing(
@@ -379,6 +382,8 @@ def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
             stress += rows
     if ranks.is_main:
         report(summaries, stress, output)
+        if args.report:
+            print(f"look at {write_report(output, summaries, folders, stress)}")
 
 
 def evaluate_one(
@@ -395,7 +400,7 @@ def evaluate_one(
     loader = val_loader(config)
     check_bands(model, loader.wavelengths, args.data_root)
     if ranks.is_main:
-        for part in ("metrics", "hsi", "cubes"):
+        for part in ("metrics", "hsi", "cubes", "photos", "scale"):
             shutil.rmtree(folder / part, ignore_errors=True)
     ranks.gather(None)  # the others write when that is done
     mine, peak = [], 0
@@ -468,6 +473,10 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
     measured = target.clamp(0, 1).contiguous().numpy()
     write_cube(folder / "hsi" / f"{name}.npy", clamped, model.wavelengths, "npy")
     write_cube(folder / "hsi" / f"{name}_target.npy", measured, model.wavelengths, "npy")
+    save_picture(folder / "photos" / f"{name}.jpg", scene.rgb[0])
+    if len(out) > model.bands:
+        scale = out[model.bands :].contiguous().numpy()
+        write_cube(folder / "scale" / f"{name}.npy", scale, model.wavelengths, "npy")
     if args.format == "mat":
         write_cube(folder / "cubes" / f"{name}.mat", clamped, model.wavelengths, "mat")
     stress = {}
@@ -480,6 +489,13 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
         "reliability": reliability,
         "stress": stress,
     }
+
+
+def save_picture(path: Path, rgb: Tensor) -> None:
+    """Linear RGB (3, H, W) in [0, 1] as a JPEG to look at."""
+    picture = encode_srgb(rgb.permute(1, 2, 0).clamp(0, 1).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(path, quality=90)
 
 
 def score_stressed(model: Loaded, scene: ValScene, args: Settings) -> dict[str, dict]:

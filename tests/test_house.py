@@ -28,6 +28,7 @@ FLOORS = {
     "spectral_evaluation": 3,
     "frame_prediction": 3,
     "model_export": 4,
+    "evaluation_report": 4,
     "dataset_setup": 5,
     "hsifusion_training": 5,
     "sharp_training_script_fixed": 5,
