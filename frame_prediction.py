@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, free_memory, load_weights, read_checkpoint
+from common_utils_v32 import UserError, load_weights, read_checkpoint
+from compute_devices import free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 
 FACTORIES = {
@@ -41,8 +42,6 @@ MIN_SIDE = 64
 MAX_TILE = 1024  # px
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
-# What a CPU's allocator and cuBLAS say in a plain RuntimeError.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
@@ -365,13 +364,6 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 # --- frames that fit the memory
 
 
-def free_cuda_memory(device: torch.device) -> float:
-    """Bytes of a card's memory that this process may still take: what the driver has, and what
-    torch keeps for itself without using it."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a
     tile that does."""
@@ -388,11 +380,59 @@ def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) 
     return max(MIN_SIDE, min(MAX_TILE, side) // 32 * 32)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator had no memory left; some raise a plain RuntimeError that says so."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return type(error) is RuntimeError and any(text in str(error) for text in OUT_OF_MEMORY)
+def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tensor:
+    """(1, 3, H, W) -> the network's cube (1, bands, H, W) on `device`; on the CPU where the frame
+    took more memory than there is and was predicted in tiles, which is said."""
+
+    def run(x: Tensor) -> Tensor:
+        output = network(x.to(device))
+        return output[0] if isinstance(output, tuple) else output
+
+    try:
+        return run(rgb)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    height, width = rgb.shape[-2:]
+
+    def source(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return rgb[0, :, top:bottom, left:right]
+
+    def allocate(channels: int) -> np.ndarray:
+        return np.empty((channels, height, width), np.float32)
+
+    def tiled(tile: int) -> np.ndarray:
+        return blend_tiles(run, source, (height, width), tile, tile // 4, 1, allocate)
+
+    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(height, width)))
+    return torch.from_numpy(cube)[None]
+
+
+def smaller_tile(tried: int) -> int:
+    """The side to go on with where a tile of `tried` pixels ran out of memory. UserError where it
+    cannot be smaller."""
+    if tried < 2 * MIN_SIDE:
+        raise UserError(f"out of memory even with a tile of {tried} px; free some memory")
+    patch = tried // 2 // 8 * 8
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    text = f"out of memory with a tile of {tried} px: going on with {patch} px"
+    tqdm.write(text, file=sys.stderr)
+    return patch
+
+
+def in_smaller_tiles(
+    tiled: Callable[[int], np.ndarray], patch: int, most: int = sys.maxsize
+) -> tuple[np.ndarray, int]:
+    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out. `most` is
+    the longer side of the image."""
+    while True:
+        try:
+            return tiled(patch), patch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        patch = smaller_tile(min(patch, most))
 
 
 def predict(
@@ -413,21 +453,9 @@ def predict(
     def run(x: Tensor) -> Tensor:
         return forward(model, x, options)[:, :channels]
 
-    while True:
-        overlap = patch // 4 if options.overlap is None else options.overlap
-        overlap = min(overlap, patch - 1 if patch == options.patch_size else patch // 2)
-        try:
-            cube = blend_tiles(
-                run, source, size, patch, overlap, options.batch_size, allocate, tick
-            )
-            return cube, patch
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        tried = min(patch, max(size))
-        if tried < 2 * MIN_SIDE:
-            raise UserError(f"out of memory even with a tile of {patch} px; free some memory")
-        patch = tried // 2 // 8 * 8
-        torch.cuda.empty_cache()
-        text = f"out of memory with a tile of {tried} px: going on with {patch} px"
-        tqdm.write(text, file=sys.stderr)
+    def tiled(side: int) -> np.ndarray:
+        overlap = side // 4 if options.overlap is None else options.overlap
+        overlap = min(overlap, side - 1 if side == options.patch_size else side // 2)
+        return blend_tiles(run, source, size, side, overlap, options.batch_size, allocate, tick)
+
+    return in_smaller_tiles(tiled, patch, max(size))

@@ -67,7 +67,7 @@ def patch_grid(
 
 @dataclass
 class DataConfig:
-    """What the loaders need to know; `rank` and `world_size` come from the process group."""
+    """What the loaders need to know; `rank`, `world_size` and `on_gpu` come from the process."""
 
     data_root: str = _data("./data/ARAD_1K", "folder staged by dataset_setup.py, or raw ARAD-1K")
     memory_mode: str = _data(
@@ -93,6 +93,7 @@ class DataConfig:
     augment: bool = _data(True, "random rotations and flips of training patches")
     rank: int = 0
     world_size: int = 1
+    on_gpu: bool = False  # batches go to one: they are pinned, and read by workers
     cube_key: str | None = _data(None, "name of the cube in raw files, if it is not a usual one")
     axes: str | None = _data(None, "stored order of h, w and c in raw files, if it cannot be told")
     val_split: str = _data("val", "split to validate on", choices=("train", "val", "test"))
@@ -206,13 +207,25 @@ def dihedral(x: Tensor, code: int) -> Tensor:
     return x.transpose(0, 1) if code & 4 else x
 
 
-def _turned(stored: Tensor, codes: list[int]) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def turned_places(side: int, device: torch.device) -> Tensor:
+    """(8, side^2) int64: for each element of the dihedral group, which pixel each one shows."""
+    places = torch.arange(side**2, device=device).view(side, side)
+    return torch.stack([dihedral(places, code).flatten() for code in range(8)])
+
+
+def turned_by_gather(stored: Tensor, codes: Tensor) -> Tensor:
+    """What `turned_one_by_one` gives, in a few launches for the whole batch: for a GPU."""
+    places = turned_places(stored.shape[1], stored.device)[codes.to(stored.device).long()]
+    pixels = stored.flatten(1, 2)
+    chosen = pixels.gather(1, places[..., None].expand(-1, -1, stored.shape[3]))
+    return chosen.float().view(stored.shape)
+
+
+def turned_one_by_one(stored: Tensor, codes: Tensor) -> Tensor:
     """(B, p, p, C) of any type -> float32, each sample turned by its code."""
-    if stored.is_cpu:
-        turned = _buffer(tuple(stored.shape), "float32")
-    else:
-        turned = torch.empty_like(stored, dtype=torch.float32)
-    for i, code in enumerate(codes):
+    turned = _buffer(tuple(stored.shape), "float32")
+    for i, code in enumerate(codes.tolist()):
         flipped = dihedral(stored[i], code & 3)
         if code & 4:  # converted apart: a copy that transposes too converts one by one
             turned[i].copy_(flipped.float().transpose(0, 1))
@@ -224,7 +237,7 @@ def _turned(stored: Tensor, codes: list[int]) -> Tensor:
 def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """RGB (B, 3, p, p), normalised, and cube (B, bands, p, p), both float32, augmented alike, on
     `device`; channels_last, as they are stored."""
-    codes = batch.augment.tolist()
+    codes = batch.augment
     # They go over as stored, which is smaller, and grow there.
     rgb = batch.rgb.to(device, non_blocking=True)
     cube = batch.cube.to(device, non_blocking=True)
@@ -232,8 +245,9 @@ def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[
     if rgb.dtype == torch.uint16:  # torch turns few of these on every device, but converts all
         rgb = rgb.float()
     low, high = ranges[:, 0, None, None, None], ranges[:, 1, None, None, None]
-    rgb = normalise_rgb(_turned(rgb, codes), "per_image", low, high)
-    return rgb.permute(0, 3, 1, 2), _turned(cube, codes).permute(0, 3, 1, 2)
+    turn = turned_one_by_one if rgb.is_cpu else turned_by_gather
+    rgb = normalise_rgb(turn(rgb, codes), "per_image", low, high)
+    return rgb.permute(0, 3, 1, 2), turn(cube, codes).permute(0, 3, 1, 2)
 
 
 class TrainLoader:
@@ -251,7 +265,7 @@ class TrainLoader:
         self.positions: list[tuple[int, int]] = []
         workers = config.num_workers
         if workers < 0:
-            workers = 2 if torch.cuda.is_available() else 0
+            workers = 2 if config.on_gpu else 0
         in_ram = bool(dataset.scenes.frames)
         if in_ram and "fork" not in torch.multiprocessing.get_all_start_methods():
             workers = 0  # a spawned worker would copy all scenes
@@ -263,10 +277,17 @@ class TrainLoader:
             persistent_workers=workers > 0,
             worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # else each pass would draw from the model's
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=config.on_gpu,
             multiprocessing_context="fork" if in_ram and workers else None,
         )
         self.set_position(0)
+
+    def start_workers(self) -> None:
+        """Fork the loader's workers now, before NCCL has threads, which a fork does not survive."""
+        if self.loader.num_workers:
+            to_come, self.positions[:] = list(self.positions), []
+            iter(self.loader)
+            self.positions[:] = to_come
 
     def set_position(self, epoch: int, iteration: int = 0) -> None:
         """Where the next iteration starts; `iteration` batches of the epoch are left out."""

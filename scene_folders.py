@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, atomic_write, free_memory, write_json
+from common_utils_v32 import UserError, atomic_write, write_json
+from compute_devices import free_memory
 from cube_files import (
     CUBE_SUFFIXES,
     RGB_SUFFIXES,

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 from common_utils_v32 import UserError, opt
+from compute_devices import Ranks, init_process_group, prepare_cuda
 from cube_files import (
     WRITTEN,
     allocate_array,
@@ -292,7 +293,7 @@ def chosen_points(args: Settings) -> list[tuple[int, int]]:
     return points
 
 
-def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
+def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
     """Each rank its share of the inputs. What fails is listed when the others are done."""
     inputs = find_inputs(args.input)
     targets, kind = output_paths(inputs, Path(args.output or "."), args.format)
@@ -319,7 +320,7 @@ def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
 # --- evaluation
 
 
-def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
+def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
     """Score every model on the split, each rank its share of the scenes; rank 0 writes what
     concerns all of them."""
     output = Path(args.output or ".")
@@ -342,7 +343,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
 
 
 def evaluate_one(
-    model: Loaded, folder: Path, args: Settings, ranks: common.Ranks
+    model: Loaded, folder: Path, args: Settings, ranks: Ranks
 ) -> tuple[dict | None, list[dict]]:
     """One model's summary (on rank 0, else None) and its rows of the stress report."""
     config = DataConfig(
@@ -559,8 +560,8 @@ def model_card(model: Loaded, facts: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = common.parse_dataclass(Settings, argv, __doc__.split("\n")[0])
-    common.set_default_environment()
-    ranks, device = common.init_process_group(args.device)
+    prepare_cuda()
+    ranks, device = init_process_group(args.device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     models = [load_model(spec, device, args.loading) for spec in args.checkpoint]
     for model in models if ranks.is_main else []:
@@ -577,6 +578,7 @@ def main(argv: list[str] | None = None) -> None:
         run_images(models[0], args, ranks)
     if args.export and ranks.is_main:
         export(models[0], args)
+    ranks.leave()
 
 
 if __name__ == "__main__":

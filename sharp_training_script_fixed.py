@@ -28,11 +28,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common_utils_v32 as common
-from common_utils_v32 import Ranks, UserError, opt
+import compute_devices as devices
+from common_utils_v32 import UserError, opt
+from compute_devices import Ranks
+from frame_prediction import predict_frame
 from optimized_dataloader import (
     DataConfig,
     MSTPlusPlusLoss,
@@ -118,7 +120,7 @@ class TrainConfig(DataConfig):
     )
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
     deterministic: bool = opt(
-        False, "deterministic CUDA kernels; a warning names those that are not", group="speed"
+        False, "deterministic kernels alone, an error where there is none", group="speed"
     )
 
     val_interval: int = opt(1, "epochs between validations", group="validation")
@@ -174,38 +176,6 @@ def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
     return cfg.eta_min + 0.5 * (cfg.lr - cfg.eta_min) * (1 + math.cos(math.pi * progress))
 
 
-def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for float32."""
-    if not cfg.use_amp:
-        return None
-    if cfg.amp_dtype == "bf16":
-        return torch.bfloat16
-    if cfg.amp_dtype == "fp16":
-        return torch.float16
-    if device.type == "cpu":  # auto: bfloat16 is slow there
-        return None
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
-def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device) -> bool:
-    """Compile without changing the state dict's keys; True when it is on."""
-    wanted = cfg.compile_model
-    if wanted is None:
-        wanted = device.type == "cuda" or cfg.compile_mode is not None
-    if not wanted:
-        return False
-    if not common.find_compiler():
-        if cfg.compile_model:
-            raise UserError(
-                "--compile_model needs a C++ compiler: install g++ or give --no-compile_model"
-            )
-        print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
-        return False
-    network.compile(mode=cfg.compile_mode)
-    return True
-
-
 class Run:
     """One training run: what it trains, how far it is, and the loop."""
 
@@ -216,12 +186,14 @@ class Run:
         self.stop = StopSignal()
         resume = folder.resume_path(cfg.resume_from)
         state = common.read_checkpoint(resume) if resume else None
-        ranks.agree(
-            (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
-        )
 
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
+        cfg.on_gpu = device.type == "cuda"
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
+        self.train_loader.start_workers()
+        ranks.join(device)
+        found = (str(resume), state.get("step") if state else 0)
+        ranks.agree(found, "the checkpoint to go on from")
         self.say(f"data: {self.train_loader.describe()}")
         self.iterations = len(self.train_loader)  # batches of an epoch
         self.steps_per_epoch = math.ceil(self.iterations / cfg.accumulate_steps)
@@ -267,10 +239,9 @@ class Run:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network: nn.Module = model
         if self.ranks.world_size > 1:
-            device_ids = [device] if device.type == "cuda" else None
-            network = DistributedDataParallel(model, device_ids=device_ids)
-        self.compiled = compile_in_place(network, cfg, device)
-        self.amp = precision(cfg, device)
+            network = devices.distribute(model, device)
+        self.amp = devices.autocast_type(cfg.use_amp, cfg.amp_dtype, device)
+        self.compiled = self.compile(network)
         self.engine = SHARPv32Trainer(
             network,
             self.loss_fn,
@@ -286,6 +257,21 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.engine.optimizer,
             lambda step: learning_rate(step, cfg, self.steps_per_epoch) / cfg.lr,
+        )
+
+    def compile(self, network: nn.Module) -> bool:
+        """Compile the network where it is asked for, or pays, and works."""
+        cfg, wanted = self.cfg, self.cfg.compile_model
+        if wanted is None and cfg.compile_mode is not None:
+            wanted = True
+        shape = (cfg.batch_size, 3, cfg.patch_size, cfg.patch_size)
+        return devices.compile_in_place(
+            network,
+            self.device,
+            self.ranks,
+            lambda: devices.trial_step(network, shape, self.device, self.amp),
+            wanted=wanted,
+            mode=cfg.compile_mode,
         )
 
     def create(self) -> SHARPv32:
@@ -407,7 +393,7 @@ class Run:
         loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
         patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
-        speed, memory = patches / (now - then), common.memory_gb(self.device)
+        speed, memory = patches / (now - then), devices.memory_gb(self.device)
         values = {"epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr}
         values |= {"grad_norm": self.norm.item(), "patches_per_second": speed}
         self.log.write("train", self.step, values | {"memory_gb": memory})
@@ -421,7 +407,7 @@ class Run:
         due = time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes
         if self.ranks.world_size > 1 and self.step % AGREE_EVERY:
             return False, False
-        stop, save = self.ranks.any(self.stop.requested, due, device=self.device)
+        stop, save = self.ranks.any(self.stop.requested, due)
         return stop, save
 
     # --- validation
@@ -434,7 +420,7 @@ class Run:
         if not due or self.validated >= self.epoch:
             return True
         scores = self.score_scenes()
-        if self.ranks.any(self.stop.requested, device=self.device)[0]:
+        if self.ranks.any(self.stop.requested)[0]:
             return False
         self.metrics = validation_record(self.ranks.gather_lists(scores))
         self.validated = self.epoch
@@ -464,9 +450,8 @@ class Run:
                 break
             eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
             with eager:
-                output = model(scene.rgb.to(self.device))
-            pred = output[0] if isinstance(output, tuple) else output
-            cube = scene.cube.to(self.device)
+                pred = predict_frame(model, scene.rgb, self.device)
+            cube = scene.cube.to(pred.device)
             metrics = scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)
             if self.ranks.is_main and not scores:
                 rgb, pred, cube = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
@@ -520,7 +505,7 @@ class Run:
             "settings": self.settings,
             "model": dataclasses.asdict(self.engine.model.config),
             "data": self.data_facts,
-            "environment": environment_record(),
+            "environment": environment_record(self.device),
             "steps": self.step,
             "best_mrae": self.best,
             "best": self.best_metrics,
@@ -558,14 +543,12 @@ class Run:
 
 def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
-    common.set_default_environment()
-    ranks, device = common.init_process_group(cfg.device)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # A few operators have no deterministic kernel: a warning names them.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
-    code = run.train()
+    devices.prepare_cuda(cfg.deterministic)
+    ranks = Ranks.announced()
+    device = devices.resolve_device(cfg.device, ranks.local_rank)
+    with devices.errors_in_one_line(device):
+        run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
+        code = run.train()
     ranks.leave()
     return code
 

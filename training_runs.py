@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common_utils_v32 import Ranks, UserError, to_json, write_text
+from common_utils_v32 import UserError, to_json, write_text
+from compute_devices import Ranks
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
 LEFTOVER_AGE = 3600  # seconds after which a temporary file of a checkpoint is taken for a kill's
@@ -163,21 +164,21 @@ class StopSignal:
         self.requested = True
 
 
-def environment_record() -> dict:
-    """Versions, machine and git commit that a number was made with."""
+def environment_record(device: torch.device | None = None) -> dict:
+    """Versions, machine and git commit that a number was made with, on `device`, a card or None."""
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         commit = answer.stdout.strip() or None
-    device = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if device is not None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": device,
+        "device": name,
         "threads": torch.get_num_threads(),
         "git_commit": commit,
     }

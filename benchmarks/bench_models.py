@@ -35,6 +35,7 @@ if "--checkout" not in sys.argv:  # a child of --against imports the models of i
     from race import RIVAL, build
 
     import common_utils_v32 as common
+    from compute_devices import resolve_device
     from training_runs import environment_record
 
 SIDES = {"128": (128, 128), "256": (256, 256), "482x512": (482, 512), "964x1024": (964, 1024)}
@@ -291,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    device = common.resolve_device(args.device)
+    device = resolve_device(args.device)
     if args.peak:
         name, size, what = args.peak
         bench = Bench(build(name, size, args.mst_root), device, AMP_TYPES[args.amp])

@@ -7,6 +7,8 @@ from conftest import ROOT
 
 FLOORS = {
     "common_utils_v32": 1,
+    "compute_devices": 1,
+    "attention_windows": 1,
     "spectral_layers": 1,
     "sparse_attention": 1,
     "camera_colour": 1,

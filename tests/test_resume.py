@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,3 +267,21 @@ def test_torchrun_trains_on_two_ranks_and_shows_their_error(trainer, raw_arad, t
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         assert (done.returncode == 0) == good
         assert good or "missing" in done.stderr
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_another_memory_layout_goes_on_with_the_same_steps(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path)
+    stop_after(run, 3)
+    assert run.train() == 75
+    shutil.copytree(tmp_path / "run", tmp_path / "same" / "run")
+    weights = []
+    for flag, folder in (("", tmp_path / "same"), ("--no-use_channels_last", tmp_path)):
+        more = ["--resume_from", "auto", *flag.split()]
+        run = make_run(trainer, raw_arad, folder, *more)
+        for parameter, moments in parts(run)[2].state.items():
+            assert moments["exp_avg"].stride() == parameter.stride()
+        assert run.train() == 0
+        weights.append(parts(run)[0].state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=1e-5)
