@@ -44,3 +44,9 @@ setup:
 
 clean:
 	rm -rf demo
+
+# On a machine with a card and a Python that has torch, as it is: nothing is set up.
+.PHONY: gpu
+OUT ?= results
+gpu:
+	"$(PYTHON)" benchmarks/gpu.py --minutes 7 --out "$(OUT)" $(if $(MST_ROOT),--mst-root "$(MST_ROOT)")

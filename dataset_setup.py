@@ -30,7 +30,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from camera_colour import CAMERAS, camera_response, render_rgb
+from camera_colour import (
+    CAMERAS,
+    SRGB,
+    Wavelengths,
+    camera_response,
+    ordinary_photo,
+    render_rgb,
+)
 from common_utils_v32 import (
     CliParser,
     UserError,
@@ -50,20 +57,23 @@ from cube_files import (
     read_stored,
 )
 from cube_preparation import find_wavelengths, plan_bands, prepare_cube, remark_lines
+from measured_spectra import WAVELENGTHS
 from optimized_dataloader import patch_grid
 from scene_folders import (
     RGB_ENCODINGS,
     SPLITS,
     Scene,
     cube_facts,
+    encoding_of,
     find_folder_scenes,
     find_scenes,
     is_intact,
     save_array,
+    synthetic_camera,
     write_index,
 )
 from spectral_evaluation import contact_sheet
-from synthetic_scenes import EXPOSURE, WAVELENGTHS, synthetic_cube
+from synthetic_scenes import EXPOSURE, synthetic_cube
 
 # Flags that the staged files depend on, and what a folder begun before a flag existed has.
 GRID = ("patch_size", "stride", "patch_grid")
@@ -107,14 +117,23 @@ def make_synthetic(args: argparse.Namespace) -> None:
     )
 
 
+def render_photo(
+    cube: np.ndarray, nm: Wavelengths, rng: np.random.Generator, settings: dict[str, Any]
+) -> tuple[np.ndarray, bytes]:
+    """The photo of a cube by the settings' camera and exposure: pixels and JPEG file."""
+    response = camera_response(settings["camera"], nm)
+    if settings["camera"] == SRGB:
+        return ordinary_photo(cube, response, rng=rng)
+    return render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+
+
 def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dict) -> None:
     """Cube and photo of a scene, the photo alone of a test image."""
     name, number, test = job
     rng = np.random.default_rng([settings["seed"], number])
     height, width = settings["size"]
-    cube = synthetic_cube(rng, height, width)
-    response = camera_response(settings["camera"], WAVELENGTHS)
-    _, jpeg = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    cube = synthetic_cube(rng, height, width, neutral=settings["camera"] == SRGB)
+    _, jpeg = render_photo(cube, WAVELENGTHS, rng, settings)
     if not test:
         mat = arad_mat(cube, WAVELENGTHS)
         atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
@@ -172,6 +191,9 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
     """What the staged files depend on; bands and wavelengths as in the first scene (with
     --verify-only the first that is readable)."""
     settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.rgb_encoding is None:
+        camera = args.camera if args.render_rgb else _source_camera(args)
+        settings["rgb_encoding"] = encoding_of(camera)
     path, stored, facts = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
     every = find_wavelengths(path, stored, args.wavelengths)
     nm = [every[band] for band in plan_bands(every, args.chosen_bands, facts.bad)]
@@ -269,15 +291,14 @@ def load_scene(
 
 
 def _render(cube: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray:
-    if settings["rgb_encoding"] != "linear":
+    rendered = encoding_of(settings["camera"])
+    if settings["rgb_encoding"] != rendered:
         raise UserError(
-            f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and rendered "
-            "photos are linear; leave it out"
+            f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and photos of "
+            f"camera {settings['camera']} are {rendered}; leave it out"
         )
     rng = np.random.default_rng([settings["seed"], *name.encode()])
-    response = camera_response(settings["camera"], settings["wavelengths"])
-    cube = np.nan_to_num(cube)
-    rgb, _ = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    rgb, _ = render_photo(np.nan_to_num(cube), settings["wavelengths"], rng, settings)
     return rgb
 
 
@@ -418,8 +439,7 @@ def stage(args: argparse.Namespace) -> None:
 
 def _source_camera(args: argparse.Namespace) -> str | None:
     """The camera of photos that came with a synthetic raw folder."""
-    facts = Path(args.arad_root or ".") / "synthetic.json"
-    return read_json(facts).get("camera") if args.arad_root and facts.exists() else None
+    return synthetic_camera(Path(args.arad_root)) if args.arad_root else None
 
 
 # --- verification
@@ -518,9 +538,11 @@ def _add_photo_flags(parser: CliParser) -> None:
     which = ("missing", "all")
     render_help = "render the missing images, or all"
     add("--render-rgb", nargs="?", const="missing", choices=which, help=render_help)
-    encoding_help = "how the photos' light is encoded: NTIRE's are linear, most others srgb"
-    add("--rgb-encoding", choices=RGB_ENCODINGS, default="linear", help=encoding_help)
-    camera_help = f"{', '.join(CAMERAS)}, or a CSV file with rows nm,r,g,b"
+    encoding_help = "how the photos' light is encoded: NTIRE's are linear (the default), most srgb"
+    add("--rgb-encoding", choices=RGB_ENCODINGS, help=encoding_help)
+    camera_help = (
+        f"{', '.join(CAMERAS)} (ordinary photos of reflectance), or a CSV file with rows nm,r,g,b"
+    )
     add("--camera", default="analytic", help=camera_help)
     exposure_help = (
         f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for "

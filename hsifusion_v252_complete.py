@@ -133,8 +133,8 @@ class LightningProConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels per level. A head's width is a multiple of 8: half precision needs it to be fast,
-        and 2-D rotary positions a multiple of 4."""
+        """Channels per level. A head's width is a multiple of 8, for half precision's fast kernels,
+        and so of 4, which rotary positions in 2-D need."""
         widths = []
         for share, heads in zip(LEVEL_WIDTHS, self.num_heads, strict=True):
             step = 8 * heads

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from camera_colour import linear_light
 from common_utils_v32 import UserError, opt
 from scene_folders import RawScenes, Scenes, StagedScenes
 from training_runs import leave_process_group
@@ -39,12 +40,26 @@ _free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
 
 def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float | Tensor) -> Tensor:
     """RGB values -> float32. `unit` divides uint8 by 255 and uint16 by 65535, so it wants them as
-    stored; `per_image` maps the whole image's [low, high] to [0, 1]."""
+    stored, or as linear light in [0, 1]; `per_image` maps the whole image's [low, high] to
+    [0, 1]."""
+    if rgb_norm == "unit" and rgb.is_floating_point():
+        return rgb
     if rgb_norm == "unit":
         return rgb.float() / float(torch.iinfo(rgb.dtype).max)
     if rgb_norm != "per_image":
         raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
-    return (rgb.float() - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
+    return (rgb.float() - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1e-6)
+
+
+def decode_light(
+    rgb: np.ndarray, low: int, high: int, encoding: str
+) -> tuple[np.ndarray, float, float]:
+    """RGB as stored and its range -> the same in linear light: sRGB becomes float32 in [0, 1],
+    what is linear stays as it is."""
+    if encoding == "linear":
+        return rgb, low, high
+    ends = linear_light(np.array([low, high], rgb.dtype))
+    return linear_light(rgb), float(ends[0]), float(ends[1])
 
 
 def patch_grid(
@@ -113,7 +128,7 @@ class DataConfig:
 class RawBatch(NamedTuple):
     """A batch as stored, still to be augmented and normalised by prepare_batch."""
 
-    rgb: Tensor  # (B, p, p, 3) uint8 or uint16
+    rgb: Tensor  # (B, p, p, 3) uint8 or uint16, of sRGB photos float32 in linear light
     cube: Tensor  # (B, p, p, bands) float16 or float32
     augment: Tensor  # (B,) uint8, element of the dihedral group, 0 to 7
     rgb_range: Tensor  # (B, 2) float32, what becomes 0 and 1
@@ -195,6 +210,9 @@ class PatchDataset(Dataset[RawBatch]):
             rgb_range = scenes.copy_patch(*self.place(patch), cube[i].numpy(), rgb[i].numpy())
             if self.config.rgb_norm == "per_image":
                 ranges[i] = rgb_range
+        if scenes.rgb.encoding != "linear":
+            rgb = torch.from_numpy(linear_light(rgb.numpy()))
+            ranges = linear_light(ranges.astype(scenes.rgb.dtype))
         facts = [torch.from_numpy(array) for array in (augment, ranges, patches)]
         return RawBatch(rgb, cube, *facts)
 
@@ -358,8 +376,9 @@ class ValLoader:
             frame = self.scenes.arrays(scene)
             # Copies, as maps cannot be written to: (H, W, C) -> (1, C, H, W), channels_last.
             cube = torch.from_numpy(np.array(frame.cube, order="C")).permute(2, 0, 1)[None]
-            rgb = torch.from_numpy(np.array(frame.rgb, order="C")).permute(2, 0, 1)[None]
-            rgb = normalise_rgb(rgb, self.rgb_norm, *frame.rgb_range)
+            light, low, high = decode_light(frame.rgb, *frame.rgb_range, self.rgb.encoding)
+            rgb = torch.from_numpy(np.array(light, order="C")).permute(2, 0, 1)[None]
+            rgb = normalise_rgb(rgb, self.rgb_norm, low, high)
             yield ValScene(self.scenes.names[scene], rgb, cube.float())
 
 

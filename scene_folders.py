@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common_utils_v32 import UserError, atomic_write, write_json
+from camera_colour import SRGB
+from common_utils_v32 import UserError, atomic_write, read_json, write_json
 from compute_devices import free_memory
 from cube_files import (
     CUBE_SUFFIXES,
@@ -316,13 +317,25 @@ class StagedScenes(Scenes):
         return Frame(cube, rgb, tuple(entry["rgb_range"]))
 
 
+def synthetic_camera(root: Path) -> str | None:
+    """The camera of the photos of a synthetic raw folder; None in any other folder."""
+    facts = root / "synthetic.json"
+    return read_json(facts).get("camera") if facts.exists() else None
+
+
+def encoding_of(camera: str | None) -> str:
+    """How the photos that `camera` is known to make are encoded."""
+    return "srgb" if camera == SRGB else "linear"
+
+
 class RawScenes(Scenes):
     """A split of a raw ARAD-1K folder. A patch is one hyperslab of its HDF5 file."""
 
     def __init__(self, root: Path, split: str, key: str | None, axes: str | None) -> None:
         self.key = key
         self.axes = axes
-        self.rgb = RgbFacts()
+        camera = synthetic_camera(root)
+        self.rgb = RgbFacts(encoding=encoding_of(camera), camera=camera)
         self.names, self.shapes, self.wavelengths = [], [], []
         self.bands = 0
         self.cube_paths: list[Path] = []

@@ -64,7 +64,7 @@ from frame_prediction import (
     peak_bytes,
     predict,
 )
-from optimized_dataloader import DataConfig, ValScene, normalise_rgb, val_loader
+from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
 from spectral_evaluation import (
     STRESS,
     laplace_calibration,
@@ -187,15 +187,17 @@ class Settings:
 # --- images
 
 
-def photo_source(rgb: np.ndarray, rgb_norm: str) -> tuple[Source, int, int]:
-    """A reader of tiles of rgb (H, W, 3) in the training normalisation, and its range: the whole
-    image's, never a tile's."""
+def photo_source(
+    rgb: np.ndarray, rgb_norm: str, encoding: str = "linear"
+) -> tuple[Source, int, int]:
+    """A reader of tiles of rgb (H, W, 3) in linear light and in the training normalisation, and its
+    range: the whole image's, never a tile's."""
     low, high = int(rgb.min()), int(rgb.max())
 
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
-        tile = torch.from_numpy(np.array(rgb[y0:y1, x0:x1])).permute(2, 0, 1)
+        light, dark, bright = decode_light(np.array(rgb[y0:y1, x0:x1]), low, high, encoding)
         release(rgb)
-        return normalise_rgb(tile, rgb_norm, low, high)
+        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), rgb_norm, dark, bright)
 
     return source, low, high
 
@@ -243,7 +245,8 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
     with tempfile.TemporaryDirectory(prefix=".inference-", dir=target.parent) as folder:
         work = Path(folder)
         rgb, remarks = read_photo(path, work)
-        source, low, high = photo_source(rgb, model.rgb_norm)
+        encoding = model.data.get("rgb_encoding", "linear")
+        source, low, high = photo_source(rgb, model.rgb_norm, encoding)
         height, width = rgb.shape[:2]
         with progress(height * width, path.name) as bar:
             cube, patch = predict(

@@ -134,8 +134,8 @@ class SHARPv32Config:
 
     @property
     def dims(self) -> list[int]:
-        """Channels of each level, a multiple of 8 for each head of each branch: half precision needs
-        that to be fast."""
+        """Channels of each level, a multiple of 8 for each head of each branch: fast in half
+        precision."""
         dims = []
         for share, heads in zip(LEVEL_WIDTHS, self.heads, strict=False):
             step = 16 * heads
