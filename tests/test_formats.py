@@ -334,8 +334,15 @@ def mat_classes(folder):
         file["empty"] = np.array([0, 500, 600], np.uint64)
         file["empty"].attrs["MATLAB_empty"] = 1
     assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) is None
+    with h5py.File(path, "w") as file:
+        file["x"] = cube
+        file["alias"], file["nowhere"] = h5py.SoftLink("/x"), h5py.SoftLink("/y")
+        file["ring"] = h5py.SoftLink("/")
+    assert np.array_equal(read_cube(path, axes="hwc", bands=12), cube)
+    scipy.io.savemat(path, {"x": cube.astype(complex)})
+    refused("a.mat: there are no arrays of real numbers", read_cube, path)
     scipy.io.savemat(path, {"note": "a hypercube object"})
-    refused("a.mat: there are no arrays of numbers", read_cube, path)
+    refused("a.mat: there are no arrays of real numbers", read_cube, path)
 
 
 @row
