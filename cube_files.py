@@ -574,7 +574,9 @@ def _range_advice(cube: np.ndarray, facts: Facts) -> str:
 def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
     """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn
     two sets of bands."""
-    if len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1:
+    if len(nm) != len(others):
+        raise UserError(f"{path}: {len(nm)} bands, {len(others)} in the others; use it apart")
+    if np.abs(np.subtract(nm, others)).max() > 1:
         raise UserError(
             f"{path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g} as the other "
             "scenes or by --wavelengths; use it apart"
