@@ -131,11 +131,6 @@ def envi_data_file(path: Path) -> Path:
     )
 
 
-def is_envi_data(name: Path) -> bool:
-    """Whether a name is that of ENVI data by its suffix, as in leaf.bil.hdr."""
-    return name.suffix.lower() in ENVI_SUFFIXES[1:]
-
-
 def _envi_type(fields: dict[str, str], path: Path) -> np.dtype:
     number, order = _whole(fields, "data type", path), _whole(fields, "byte order", path, 0)
     if number not in ENVI_TYPES:

@@ -522,11 +522,17 @@ def no_data_of_arrays(folder, tmp_path):
     np.save(folder / "a.npy", cube)
     flags = ("--axes", "hwc", "--wavelengths", 450, 670)
     refused("2 values are NaN or infinite.*--fill", stage, folder, tmp_path / "s", *flags)
-    refused("--no-data -9999", stage, folder, tmp_path / "s", *flags, "--fill", 0)
+    refused("from -9999 .*--no-data=VALUE", stage, folder, tmp_path / "s", *flags, "--fill", 0)
     flags += ("--no-data", -9999)
     refused("6 pixels hold no data", stage, folder, tmp_path / "t", *flags)
     index = stage(folder, tmp_path / "t", *flags, "--fill", 0)
     assert index["splits"]["train"][0]["filled"]["pixels"] == 7
+    assert index["settings"]["no_data"] == -9999
+    counts = (cube * 10000).clip(1, 9000)
+    counts[0, :5] = -9999  # -0.9999, once it is scaled, is no reflectance
+    np.save(folder / "a.npy", counts.astype(np.int16))
+    refused("--no-data", stage, folder, tmp_path / "u", *flags[:-2], "--scale", 10000, "--clip")
+    stage(folder, tmp_path / "u", *flags, "--scale", 10000, "--fill", 0)
     assert (staged_cube(tmp_path / "t")[0, :5] == 0).all()
 
 
