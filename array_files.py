@@ -21,7 +21,6 @@ CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data", "datacube")
 BAND_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl", "centers", "wavelengths_nm")
 NUMBERS = "iuf"  # NumPy's kinds of integers and floats
 NOT_NUMBERS = ("char", "logical", "sparse", "function", "object", "opaque")  # MATLAB's classes
-MOST_LEVELS = 32  # of groups: a link may lead back up
 HDF5_SUFFIXES = (".h5", ".hdf5")
 ARRAY_SUFFIXES = (".npz", ".mat", *HDF5_SUFFIXES)
 
@@ -35,10 +34,7 @@ def pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
     """The cube among the arrays of a file: the key given, whole or its last part, in small letters
     or capitals; else a usual name, else the only array with three axes."""
     if not arrays:
-        raise UserError(
-            f"{path}: there are no arrays of numbers in it; save the cube as an array or a struct, "
-            "not as an object"
-        )
+        raise UserError(f"{path}: there are no arrays of real numbers in it; save the cube as one")
     if key is None:
         cubes = [name for name, array in arrays.items() if len(array.shape) == 3]
         usual = [name for name in cubes if leaf(name) in CUBE_KEYS]
@@ -103,8 +99,7 @@ def _load_v5(path: Path, only: tuple[str, ...]) -> dict[str, Any]:
         named = not only or name.lower() in only
         if kind in ("struct", "cell") or (named and kind not in NOT_NUMBERS):
             wanted.append(name)
-    # `variable_names` is emptied while reading. mat_dtype: logicals are bool.
-    loaded = loadmat(path, variable_names=list(wanted), mat_dtype=True)
+    loaded = loadmat(path, variable_names=list(wanted))  # which empties the list
     return {name: loaded[name] for name in wanted}
 
 
@@ -126,10 +121,10 @@ def _collect_hdf5(name: str, item: h5py.Group | h5py.Dataset, found: dict[str, A
     """The same of an HDF5 file, where MATLAB keeps what cells and arrays of structs hold in #refs#
     and refers to it."""
     if isinstance(item, h5py.Group):
-        for field in item:
-            child = item.get(field)  # None: a link to nowhere
-            if child is not None and not field.startswith("#") and name.count("/") < MOST_LEVELS:
-                _collect_hdf5(f"{name}/{field}".lstrip("/"), child, found)
+        for field in item:  # soft links are second names, or lead back up
+            hard = isinstance(item.get(field, getlink=True), h5py.HardLink)
+            if hard and not field.startswith("#"):
+                _collect_hdf5(f"{name}/{field}".lstrip("/"), item[field], found)
     elif h5py.check_ref_dtype(item.dtype) is h5py.Reference:
         references = item[()].ravel()
         for number, reference in enumerate(references, 1):

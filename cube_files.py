@@ -29,10 +29,10 @@ from PIL import Image
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
 from raster_files import (
+    ENVI_SUFFIXES,
     Facts,
     envi_data_file,
     envi_facts,
-    is_envi_data,
     nanometres,
     read_envi,
     read_tiff,
@@ -274,7 +274,8 @@ def scene_name(path: Path) -> str:
     if path.is_dir():
         return path.name
     stem = Path(path.stem)
-    return stem.stem if path.suffix.lower() == ".hdr" and is_envi_data(stem) else stem.name
+    with_data = path.suffix.lower() == ".hdr" and stem.suffix.lower() in ENVI_SUFFIXES[1:]
+    return stem.stem if with_data else stem.name
 
 
 def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
@@ -507,28 +508,38 @@ def outside(cube: np.ndarray) -> tuple[float, float]:
     return share, max(float(-cube.min()), float(cube.max()) - 1, 0.0)
 
 
+def _has_marks(cube: np.ndarray) -> bool:
+    """Whether low values look like a mark of no data: far off, or a pixel's in all its bands."""
+    low = cube.min()
+    return bool(low <= -1 or (low < 0 and (cube == low).all(axis=2).any()))
+
+
 def may_be_clipped(cube: np.ndarray) -> bool:
     """Whether a cube is reflectance a little outside [0, 1], not counts, nor has marks in it."""
-    return bool(cube.min() > -1 and (cube.max() <= MOST_REFLECTANCE or outside(cube)[0] <= FEW))
+    few = cube.max() <= MOST_REFLECTANCE or outside(cube)[0] <= FEW
+    return bool(few and not _has_marks(cube))
 
 
 def _range_advice(cube: np.ndarray, facts: Facts) -> str:
     """The ways in that are open to values outside [0, 1]."""
-    low, high = float(cube.min()), float(cube.max())
-    ways = ["mend or leave out this scene"]
-    if low <= -1:
-        ways.append(f"stage with dataset_setup.py --no-data {low:g} if that value means none")
-    if high > MOST_REFLECTANCE and facts.factor == 1:
-        ways.append("of counts stage with dataset_setup.py --scale VALUE or --white FILE")
+    ways = []
+    if _has_marks(cube):
+        ways.append("--no-data=VALUE if the lowest (as stored) means none")
+    if cube.max() > MOST_REFLECTANCE and facts.factor == 1:
+        ways.append("--scale VALUE or --white FILE if these are counts")
     if may_be_clipped(cube):
-        ways.append("stage with dataset_setup.py --clip to cut what is outside")
-    return ", or ".join(ways[1:] or ways)
+        ways.append("--clip to cut what is outside")
+    if not ways:
+        return "mend or leave out this scene"
+    return f"stage with dataset_setup.py {', or '.join(ways)}"
 
 
 def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
     """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn
     two sets of bands."""
-    if len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1:
+    if len(nm) != len(others):
+        raise UserError(f"{path}: {len(nm)} bands, {len(others)} in the others; use it apart")
+    if np.abs(np.subtract(nm, others)).max() > 1:
         raise UserError(
             f"{path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g} as the other "
             "scenes or by --wavelengths; use it apart"

@@ -122,19 +122,20 @@ def prepare_cube(
         cube[cube == np.float32(settings["no_data"]) / np.float32(facts.factor)] = np.nan
     if settings["white"]:
         cube = _calibrate(cube, settings)
-    cube = cube[..., kept] / np.float32(settings["scale"])
+    if len(kept) < cube.shape[2]:
+        cube = cube[..., kept]
+    cube = cube / np.float32(settings["scale"])
     record: dict[str, Any] = {"remarks": list(facts.remarks)}
-    missing = ~np.isfinite(cube)
-    if settings["fill"] is not None and missing.any():
-        pixels = missing.any(axis=2)
+    if settings["fill"] is not None and not np.isfinite(cube.sum()):
+        pixels = ~np.isfinite(cube).all(axis=2)
+        cube[~np.isfinite(cube)] = settings["fill"]
         record["filled"] = {"pixels": pixels.sum(), "share": pixels.mean()}
         record["remarks"].append("pixels of no data filled (--fill), counted in index.json")
-        cube[missing] = settings["fill"]
-    share, excess = outside(cube)
-    if settings["clip"] and share > 0 and may_be_clipped(cube):
+    if settings["clip"] and may_be_clipped(cube) and outside(cube)[0] > 0:
+        share, excess = outside(cube)
+        cube = cube.clip(0, 1)
         record["clipped"] = {"share": share, "largest_excess": excess}
         record["remarks"].append("values cut to [0, 1] (--clip), counted in index.json")
-        cube = cube.clip(0, 1)
     return cube, record, facts
 
 

@@ -52,6 +52,8 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     values = np.asarray([] if facts.centres is None else facts.centres, np.float64).ravel()
     if values.size < 2 or not np.isfinite(values).all() or values.min() <= 0:
         return None
+    if (values == np.arange(1, len(values) + 1)).all():  # numbers of bands
+        return None
     unit = facts.unit.strip().lower().replace("metre", "meter").removesuffix("s")
     nm = values
     if unit in NM_TIMES_UNIT:
@@ -60,8 +62,8 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
         nm = values * 1000
     elif unit in NM_PER_UNIT:
         nm = values * NM_PER_UNIT[unit]
-    if unit in NO_UNIT and (nm.min() < 200 or (values == range(1, len(values) + 1)).all()):
-        return None  # numbers of bands
+    if unit in NO_UNIT and nm.min() < 200:
+        return None
     known = unit in (*NO_UNIT, *NM_PER_UNIT, *NM_TIMES_UNIT)
     highest = 3000 if unit in NO_UNIT and nm is values else 1e5
     if not known or nm.min() < 100 or nm.max() > highest:
@@ -127,11 +129,6 @@ def envi_data_file(path: Path) -> Path:
         f"{path}: no data file beside it; name it {path.stem}, or that with one of "
         f"{' '.join(ENVI_SUFFIXES[1:])}"
     )
-
-
-def is_envi_data(name: Path) -> bool:
-    """Whether a name is that of ENVI data by its suffix, as in leaf.bil.hdr."""
-    return name.suffix.lower() in ENVI_SUFFIXES[1:]
 
 
 def _envi_type(fields: dict[str, str], path: Path) -> np.dtype:

@@ -195,6 +195,9 @@ def envi_scale(folder, tmp_path):
     assert np.allclose(read_cube(folder / "b.hdr"), cube / 2 + 0.01, atol=1e-6)
     write_envi(folder / "b.hdr", cube, reflectance_scale_factor=2, **gains)
     refused("b.hdr: both", read_cube, folder / "b.hdr")
+    write_envi(folder / "b.hdr", cube, reflectance_scale_factor=0.1)
+    (folder / "a.hdr").unlink()
+    assert "--scale" not in refused("values from", stage, folder, tmp_path / "t")
     write_envi(folder / "b.hdr", cube, reflectance_scale_factor=0)
     refused("scale factor = 0", read_cube, folder / "b.hdr")
 
@@ -242,6 +245,8 @@ def envi_wavelengths(folder, tmp_path):
     named = ", ".join(f"Band {band} ({nm:g} Nanometers)" for band, nm in enumerate(NM))
     write_envi(header, cube, wavelength=None, band_names="{" + named + "}")
     assert read_wavelengths(header) == NM
+    write_envi(header, cube, wavelength="{" + ", ".join(map(str, range(1, 13))) + "}")
+    assert read_wavelengths(header) is None
     for unit, factor in [("Furlongs", 1), (None, 10), ("Micrometers", 1)]:
         lines = {"wavelength": f"{{{', '.join(map(str, nm * factor))}}}", "wavelength units": unit}
         write_envi(header, cube, **lines)
@@ -268,6 +273,8 @@ def mat_v7_3(folder):
     write_v73(path, {"RAD": cube, "Lambda": np.array([NM]), "other": cube[:2]})
     assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) == NM
     assert np.array_equal(read_cube(path, key="OTHER", bands=12), cube[:2])
+    write_v73(path, {"wl": np.array([NM]), "more/bands": np.array([NM[:5]])})
+    assert read_wavelengths(path) == NM
     write_v73(path, {"left": cube, "right": cube})
     refused("--cube-key, one of: left, right", read_cube, path)
     write_v73(path, {"cube": cube.transpose(1, 2, 0)})
@@ -331,11 +338,18 @@ def mat_classes(folder):
         file["table"] = np.zeros((2, 20, 24), np.uint32)
         file["table"].attrs["MATLAB_class"] = np.bytes_("table")
         file["x"].attrs["MATLAB_class"] = np.bytes_("single")
-        file["empty"] = np.array([0, 500, 600], np.uint64)
-        file["empty"].attrs["MATLAB_empty"] = 1
+        file["wl"] = np.array([300, 500, 600], np.uint64)
+        file["wl"].attrs["MATLAB_empty"] = 1
     assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) is None
+    with h5py.File(path, "w") as file:
+        file["x"] = cube
+        file["alias"], file["nowhere"] = h5py.SoftLink("/x"), h5py.SoftLink("/y")
+        file["ring"] = h5py.SoftLink("/")
+    assert np.array_equal(read_cube(path, axes="hwc", bands=12), cube)
+    scipy.io.savemat(path, {"x": cube.astype(complex)})
+    refused("a.mat: there are no arrays of real numbers", read_cube, path)
     scipy.io.savemat(path, {"note": "a hypercube object"})
-    refused("a.mat: there are no arrays of numbers", read_cube, path)
+    refused("a.mat: there are no arrays of real numbers", read_cube, path)
 
 
 @row
@@ -404,6 +418,10 @@ def tiff(folder):
     for array in (cube, planes):  # nothing says which axis is which
         tifffile.imwrite(path, array)
         assert np.array_equal(read_cube(path, bands=12), cube)
+    with tifffile.TiffWriter(path) as file:
+        file.write(np.zeros((4, 5, 3), np.uint8), photometric="rgb")  # a thumbnail
+        file.write(planes, photometric="minisblack", planarconfig="separate")
+    assert np.array_equal(read_cube(path), cube)
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)[..., 0]).save(path)
     refused("a.tif: uint8 of axes YX", read_cube, path)
     tifffile.imwrite(path, planes, photometric="minisblack", compression="zlib")
@@ -446,9 +464,13 @@ def tiff_tags(folder, tmp_path):
     assert read_wavelengths(path) is None
     write(named(lambda nm: f"{nm:g} nm") + named(lambda nm: 0.0001, "SCALE", " role='scale'"))
     refused("a.tif: 1 pixels hold no data", stage, folder, tmp_path / "s")
+    refused("applied already; leave --scale out", stage, folder, tmp_path / "s", "--scale", 10000)
     stage(folder, tmp_path / "s", "--fill", 0)
     staged = staged_cube(tmp_path / "s")
     assert (staged[3, 4] == 0).all() and np.allclose(staged[0], counts[0] / 1e4)
+    for role, value in (("scale", lambda nm: nm), ("offset", lambda nm: 5)):
+        write(named(value, "x", f" role='{role}'"))
+        refused("a.tif: bands of several scales, or offsets", read_cube, path)
     with tifffile.TiffWriter(path) as file:
         for plane, nm in zip(cube.transpose(2, 0, 1), NM, strict=True):
             file.write(plane, description=f"{nm:g} nm", metadata=None, contiguous=False)
@@ -483,7 +505,11 @@ def a_little_outside(folder, tmp_path, capsys):
     clipped = index["splits"]["train"][0]["clipped"]
     assert clipped == {"share": 3 / cube.size, "largest_excess": pytest.approx(0.03)}
     assert "--clip" in capsys.readouterr().out
-    for array, words in [(cube * 4095, "--scale"), (cube - 2, "--no-data"), (cube - 9999, "-9999")]:
+    for array, words in [
+        (cube.clip(0.01) * 4095, "--scale"),
+        (cube - 2, "--no-data"),
+        (cube - 9999, "-9999"),
+    ]:
         np.save(folder / "a.npy", array)
         refused(words, stage, folder, tmp_path / "t", *flags, "--clip")
 
@@ -496,11 +522,17 @@ def no_data_of_arrays(folder, tmp_path):
     np.save(folder / "a.npy", cube)
     flags = ("--axes", "hwc", "--wavelengths", 450, 670)
     refused("2 values are NaN or infinite.*--fill", stage, folder, tmp_path / "s", *flags)
-    refused("--no-data -9999", stage, folder, tmp_path / "s", *flags, "--fill", 0)
+    refused("from -9999 .*--no-data=VALUE", stage, folder, tmp_path / "s", *flags, "--fill", 0)
     flags += ("--no-data", -9999)
     refused("6 pixels hold no data", stage, folder, tmp_path / "t", *flags)
     index = stage(folder, tmp_path / "t", *flags, "--fill", 0)
     assert index["splits"]["train"][0]["filled"]["pixels"] == 7
+    assert index["settings"]["no_data"] == -9999
+    counts = (cube * 10000).clip(1, 9000)
+    counts[0, :5] = -9999  # -0.9999, once it is scaled, is no reflectance
+    np.save(folder / "a.npy", counts.astype(np.int16))
+    refused("--no-data", stage, folder, tmp_path / "u", *flags[:-2], "--scale", 10000, "--clip")
+    stage(folder, tmp_path / "u", *flags, "--scale", 10000, "--fill", 0)
     assert (staged_cube(tmp_path / "t")[0, :5] == 0).all()
 
 
@@ -521,6 +553,9 @@ def counts(folder, tmp_path):
     stage(folder, tmp_path / "s", *references)
     changed = staged_cube(tmp_path / "s")
     assert np.allclose(changed, (cube * gain + offset) / (gain + offset), atol=1e-3)
+    offset[0, 7, 2] = 1e6  # a dead pixel
+    np.save(tmp_path / "dark.npy", offset[0])
+    refused("a.hdr: 20 values are NaN", stage, folder, tmp_path / "t", *references)
     np.save(tmp_path / "dark.npy", offset[0, :5])
     refused("dark.npy: 5 columns of 12 bands", stage, folder, tmp_path / "t", *references)
     np.save(tmp_path / "dark.npy", offset[0] + 5000)
@@ -561,6 +596,10 @@ def given_wavelengths(folder, tmp_path):
     for number, words in enumerate([uneven, [tmp_path / "nm.txt"]]):
         flags = ("--axes", "hwc", "--wavelengths", *words)
         assert stage(folder, tmp_path / str(number), *flags)["wavelengths"] == uneven
+    np.savez(folder / "b.npz", cube=cube_of(), bands=uneven[:5])
+    refused("b.npz: 5 wavelengths of 12 bands", stage, folder, tmp_path / "t", *flags)
+    np.savez(folder / "b.npz", cube=cube_of(), bands=NM)
+    refused("b.npz: 450..670 nm, not 453.5..648", stage, folder, tmp_path / "t", *flags)
     for words, message in [
         (uneven[:-1], "11 numbers for 12 bands"),
         ([0.45, 0.65], "in nm"),
@@ -620,6 +659,8 @@ def links(folder, tmp_path):
     Image.new("RGB", SIZE[::-1]).save(real / "beads_ms" / "beads_RGB.bmp")
     (folder / "beads_ms").symlink_to(real)
     (folder / "again").symlink_to(folder)  # a ring
+    (folder / "photos").mkdir()
+    (folder / "photos" / "more").symlink_to(real / "beads_ms")  # a second way to the photo
     for name in ("beads_ms", "other_ms"):
         (folder / "beads_ms").rename(folder / name)
         (scene,) = dataset_setup.find_folder_scenes(folder)
