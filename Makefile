@@ -1,5 +1,7 @@
 # make demo   the whole way on synthetic scenes: data, training, inference, pictures, a table
 # make test   the quick tests;   make soak   those that take minutes
+# make weights   what ships in weights/, trained from nothing
+# make bench MST_ROOT=... DATA_ROOT=...   all that is measured;   make gpu MST_ROOT=...   on a card, without a set-up
 # make lint   layout, habits and types of the code
 # All set up a virtual environment first. PYTHON= and VENV= can be given.
 
@@ -30,6 +32,11 @@ soak: setup
 .PHONY: weights
 weights: setup
 	$(PY) benchmarks/train_weights.py
+
+# Everything that is measured, on this machine: MST_ROOT= and DATA_ROOT= are needed.
+.PHONY: bench
+bench: setup
+	$(PY) benchmarks/bench_all.py --mst-root "$(MST_ROOT)" --data_root "$(DATA_ROOT)"
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -106,6 +106,9 @@ class DataConfig:
     num_workers: int = _data(-1, "loader processes; -1 = 2 with a GPU, else none")
     seed: int = _data(42, "seed of order and augmentation")
     augment: bool = _data(True, "random rotations and flips of training patches")
+    mix_root: str | None = _data(None, "a second training set, mixed into the batches of the first")
+    mix_share: float = _data(0.25, "its share of a batch at first; none at the end of the run")
+    mix_until: int = 0  # iterations of the run, from which on nothing is mixed in
     rank: int = 0
     world_size: int = 1
     on_gpu: bool = False  # batches go to one: they are pinned, and read by workers
@@ -124,6 +127,8 @@ class DataConfig:
         for name in ("patch_size", "stride", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.mix_share < 1:
+            raise UserError(f"--mix_share {self.mix_share}: give 0 or more, below 1")
         if self.iterations_per_epoch < 0:
             raise UserError(f"--iterations_per_epoch {self.iterations_per_epoch}: give 0 or more")
 
@@ -163,9 +168,10 @@ class PatchDataset(Dataset[RawBatch]):
     workers hand over few big tensors; which patches and which augmentation is a function of seed,
     epoch and sample alone."""
 
-    def __init__(self, scenes: Scenes, config: DataConfig):
+    def __init__(self, scenes: Scenes, config: DataConfig, mixed: PatchDataset | None = None):
         self.scenes = scenes
         self.config = config
+        self.mixed = mixed  # the patches of `mix_root`
         self.grids = [
             patch_grid(height, width, config.patch_size, config.stride, config.patch_grid)
             for height, width in scenes.shapes
@@ -202,7 +208,23 @@ class PatchDataset(Dataset[RawBatch]):
         return np.concatenate(patches), np.concatenate(augment)
 
     def __getitem__(self, position: tuple[int, int]) -> RawBatch:
-        return self.read(*self.samples(*position))
+        patches, augment = self.samples(*position)
+        count = self.mixed_in(*position)
+        if self.mixed is None or not count:
+            return self.read(patches, augment)
+        others, codes = self.mixed.samples(*position)
+        mine = self.read(patches[count:], augment[count:])
+        theirs = self.mixed.read(others[:count], codes[:count])
+        return RawBatch(*(torch.cat(pair) for pair in zip(theirs, mine, strict=True)))
+
+    def mixed_in(self, epoch: int, iteration: int) -> int:
+        """How many samples of a batch are of the second set: a share that falls to none, rounded up
+        or down by chance, so that its mean is right."""
+        config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
+        done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
+        share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))
+        chance = np.random.default_rng((config.seed % 2**64, epoch, iteration, 1)).random()
+        return int(share * config.batch_size + chance)
 
     def read(self, patches: np.ndarray, augment: np.ndarray) -> RawBatch:
         batch, side, scenes = len(patches), self.config.patch_size, self.scenes
@@ -415,7 +437,26 @@ def train_loader(config: DataConfig) -> TrainLoader:
         scenes.into_ram(dtype, copies=ranks_here)
     elif isinstance(scenes, RawScenes):
         scenes.check_lazy()
-    return TrainLoader(PatchDataset(scenes, config), config)
+    return TrainLoader(PatchDataset(scenes, config, _mixed_patches(scenes, config)), config)
+
+
+def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
+    """The patches of `mix_root`, if any. UserError where its scenes are not of the same kind."""
+    if config.mix_root is None:
+        return None
+    other = DataConfig(**{field.name: getattr(config, field.name) for field in fields(DataConfig)})
+    other.data_root, other.mix_root = config.mix_root, None
+    mixed = train_loader(other).dataset
+    for what, mine, theirs in (
+        ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
+        ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2]),
+        ("type of cubes", scenes.dtype, mixed.scenes.dtype),
+    ):
+        if mine != theirs:
+            raise UserError(
+                f"--mix_root {config.mix_root}: differs from {config.data_root} in its {what}"
+            )
+    return mixed
 
 
 def val_loader(config: DataConfig) -> ValLoader:

@@ -68,6 +68,7 @@ from frame_prediction import (
 from model_export import export
 from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
 from photo_files import IMAGE_SUFFIXES, NOT_READ, read_photo
+from round_trip import check_rgb
 from spectral_evaluation import (
     STRESS,
     laplace_calibration,
@@ -115,6 +116,7 @@ class Settings:
         None, "of cubes; default by the suffix of --output, else npy", choices=tuple(WRITTEN)
     )
     preview: bool = files(False, "write sRGB, band montage and spectra beside each cube, as PNG")
+    check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
     report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
@@ -285,30 +287,43 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             )
         source, low, high = photo_source(rgb, model.rgb_norm, model.encoding)
         height, width = rgb.shape[:2]
-        with progress(height * width, path.name) as bar:
-            cube, patch = predict(
-                model,
-                source,
-                (height, width),
-                args.prediction,
-                lambda bands: allocate_array((bands, height, width), np.float32, work),
-                channels=model.bands,
-                tick=bar.update,
-            )
+
+        def predicted() -> tuple[np.ndarray, int]:
+            with progress(height * width, path.name) as bar:
+                return predict(
+                    model,
+                    source,
+                    (height, width),
+                    args.prediction,
+                    lambda bands: allocate_array((bands, height, width), np.float32, work),
+                    channels=model.bands,
+                    tick=bar.update,
+                )
+
+        cube, patch = predicted()
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
             points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
             write_preview(target.with_suffix(""), cube, model.wavelengths, points)
-    seconds = time.perf_counter() - start
+        if args.check_rgb:
+            light = source(0, height, 0, width).permute(1, 2, 0).numpy()
+            name = target.with_name(f"{target.stem}_round_trip.png")
+            picture = name if args.preview else None
+            remarks.append(check_rgb(model, light, cube, lambda: predicted()[0], picture))
     if min(height, width) < MIN_SIDE:
         remarks.append(f"mirrored up to {MIN_SIDE} px")
-    norm = f"{model.encoding}, unit"
-    if model.rgb_norm == "per_image":
-        norm = f"{model.encoding}, per_image, {low}..{high} of the whole image to 0..1"
+    seconds = time.perf_counter() - start
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
     what = f"{path} -> {target} {(model.bands, height, width)}"
-    return "; ".join([what, f"RGB {norm}", *remarks, how, speed])
+    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed])
+
+
+def _normalised(model: Loaded, low: int, high: int) -> str:
+    """How the RGB was read, in words."""
+    if model.rgb_norm == "per_image":
+        return f"{model.encoding}, per_image, {low}..{high} of the whole image to 0..1"
+    return f"{model.encoding}, unit"
 
 
 def progress(pixels: int, name: str) -> Any:
@@ -541,7 +556,7 @@ def _place(model: Loaded) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parse_dataclass(Settings, argv, __doc__.split("\n")[0])
+    args = common.parse_dataclass(Settings, argv, __doc__)
     prepare_cuda()
     ranks, device = init_process_group(args.device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS

@@ -195,6 +195,7 @@ class Run:
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
         cfg.on_gpu = device.type == "cuda"
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
+        cfg.mix_until = cfg.epochs * len(self.train_loader)
         self.train_loader.start_workers()
         ranks.join(device)
         found = (str(resume), state.get("step") if state else 0)

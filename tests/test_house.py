@@ -29,6 +29,7 @@ FLOORS = {
     "frame_prediction": 3,
     "model_export": 4,
     "evaluation_report": 4,
+    "round_trip": 4,
     "dataset_setup": 5,
     "hsifusion_training": 5,
     "sharp_training_script_fixed": 5,
