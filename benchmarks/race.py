@@ -43,7 +43,7 @@ from common_utils_v32 import UserError  # noqa: E402
 from compute_devices import resolve_device  # noqa: E402
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
 from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
-from training_runs import environment_record  # noqa: E402
+from training_runs import environment_record, start_weights  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
 RIVAL = "mst++"
@@ -165,12 +165,6 @@ class Training:
         torch.manual_seed(args.seed)
         self.entrant, self.args, self.device = entrant, args, args.torch_device
         self.model = build(entrant.model, entrant.size, args.mst_root, entrant.options)
-        self.started = bool(entrant.training["init"])
-        if self.started:
-            path = entrant.training["init"]
-            checkpoint = common.read_checkpoint(path)
-            weights = checkpoint["ema"] or checkpoint["state_dict"]
-            common.load_weights(self.model, weights, path)
         self.model.to(self.device).train()
         self.network = self.model
         if args.compile:
@@ -181,13 +175,15 @@ class Training:
         self.loss_fn = MSTPlusPlusLoss(FLOOR)
 
     def fit(self, scenes: list[Scene]) -> None:
-        """The closed-form start of a model that has one and starts from nothing."""
-        if not hasattr(self.model, "fit_spectral_path") or self.started:
+        """The closed-form start of a model that has one, or its start from weights."""
+        if not hasattr(self.model, "fit_spectral_path"):
             return
         side = min(min(scene[1].shape[1:]) for scene in scenes)
         rgb = torch.stack([scene[1][:, :side, :side] for scene in scenes])
         cube = torch.stack([scene[2][:, :side, :side] for scene in scenes])
-        self.model.fit_spectral_path(rgb.to(self.device), cube.to(self.device))
+        rgb, cube = rgb.to(self.device), cube.to(self.device)
+        init = self.entrant.training["init"] or None
+        start_weights(self.model, self.entrant.model, init, rgb, cube, self.loss_fn)
 
     def step(self, rgb: torch.Tensor, cube: torch.Tensor, lr: float) -> None:
         for group in self.optimizer.param_groups:
