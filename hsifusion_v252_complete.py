@@ -173,7 +173,7 @@ class WindowAttention(nn.Module):
         if first_strip.stop >= height:
             total = self.sum_over_windows(x)[:, :height, :width]
         else:
-            total = x.new_zeros(len(x), height, width, self.heads * self.head_dim)
+            total = x.new_zeros(x.shape[0], height, width, self.heads * self.head_dim)
             windows = max(1, first_strip.stop // stride)  # down a strip
             rows = (windows - 1) * stride + window
             for top in range(0, window_count(height, window, stride) * stride, windows * stride):
@@ -205,7 +205,7 @@ class WindowAttention(nn.Module):
         rows = along_axis(keys_inside, sides[0], *settings)
         columns = along_axis(keys_inside, sides[1], *settings)
         mask = rows[:, None, :, None] & columns[None, :, None, :]
-        return mask.reshape(-1, 1, 1, self.window**2).repeat(len(x), 1, 1, 1)
+        return mask.reshape(-1, 1, 1, self.window**2).repeat(x.shape[0], 1, 1, 1)
 
     def whole_frame(self, x: Tensor) -> Tensor:
         """Dense, or sparse by exact top-k."""

@@ -242,7 +242,9 @@ class _LocalTiles:
         self.rows, self.columns = -(-self.height // TILE), -(-self.width // TILE)
         budget = 2 * TILE_SCORES.get(q.device.type, TILE_SCORES["cuda"])
         scores_in_tile = q.shape[0] * TILE**2 * self.halo**2
-        tiles = max(1, budget // scores_in_tile)
+        tiles = self.rows * self.columns
+        if not torch.compiler.is_exporting():  # else one step, for a graph of any batch
+            tiles = max(1, budget // scores_in_tile)
         self.wide, self.high = min(self.columns, tiles), max(1, tiles // self.columns)
         self.parts = -(-self.columns // self.wide)
         self.steps = -(-self.rows // self.high) * self.parts
@@ -390,7 +392,7 @@ def _block_attention(
     """Whole blocks of keys for a block of queries, chosen by the product of their means.
 
     To choose takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
-    queries, keys, heads = q.shape[1], k.shape[1], len(q)
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[0]
     # Small enough that a tenth of the blocks is a choice.
     size = min(block_size, max(ROW_GROUP, min(64, keys // 32)))
     q = _in_blocks(q, min(q_block_size, 2 * size))
@@ -432,7 +434,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = [tuple(x.shape) for x in (q, k, v)]
     fits = all(len(shape) == 3 and min(shape) > 0 for shape in shapes)
     if fits:
-        same_heads = len(q) == len(k) == len(v)
+        same_heads = q.shape[0] == k.shape[0] == v.shape[0]
         fits = same_heads and q.shape[2] == k.shape[2] and k.shape[1] == v.shape[1]
     if not fits:
         raise ValueError(f"q, k, v must be (B*h, N, D), (B*h, N, D), (B*h, N, Dv), not {shapes}")

@@ -77,7 +77,8 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
     stop_after(first, 3)
     assert first.train() == STOPPED
     state = checkpoint(tmp_path)
-    common.save_checkpoint(tmp_path / "run" / "last.ckpt", state | {"best": 0.0})
+    for name in ("last.ckpt", "best.ckpt"):
+        common.save_checkpoint(tmp_path / "run" / name, state | {"best": 0.0})
     resume = ("--resume_from", "auto")
     again = make_run(
         trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
