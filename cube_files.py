@@ -26,6 +26,7 @@ from einops import rearrange
 from PIL import Image, ImageFile, ImageOps
 
 from common_utils_v32 import UserError, temporary_prefix
+from file_claims import check_claim, check_claims, open_image
 
 CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
 BAND_KEYS = ("bands", "wavelengths", "wavelength", "Wavelengths", "Wavelength", "lambda", "wl")
@@ -108,7 +109,7 @@ def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
 def read_rgb(path: str | Path) -> np.ndarray:
     """An 8-bit image (JPEG, PNG, BMP) as (H, W, 3) uint8 RGB, pixels as stored."""
     path = Path(path)
-    with reading(path, "an RGB image"), Image.open(path) as image:
+    with reading(path, "an RGB image"), open_image(path) as image:
         if image.mode not in ("RGB", "RGBA", "P", "L"):
             raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
         return np.asarray(image.convert("RGB"))
@@ -122,7 +123,7 @@ def read_photo(path: Path, work: Path) -> tuple[np.ndarray, list[str]]:
         if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[2] != 3:
             raise UserError(f"expected (H, W, 3) uint8, found {stored.shape} {stored.dtype}")
         return stored, []
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 bits a channel")
         remarks = _photo_remarks(image)
@@ -254,7 +255,7 @@ def read_cube(
             axes = "hwc"
             stored = _open_envi(path).load(dtype=np.float32)
         elif suffix == ".npy":
-            stored = np.load(path, allow_pickle=False)
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing is taken on trust
         elif suffix in (".npz", ".mat"):
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
@@ -303,6 +304,7 @@ def _write_npy(file: Path, cube: np.ndarray) -> None:
 def open_arrays(path: Path, only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The numeric arrays of a `.mat` or `.npz` file by name (where it saves reading, `only` these);
     those of MATLAB v7.3 are read when indexed."""
+    check_claims(path)
     if path.suffix.lower() == ".npz":
         with np.load(path, allow_pickle=False) as file:
             yield {name: file[name] for name in file.files if only is None or name in only}
@@ -402,7 +404,13 @@ def _state_matlab_classes(file: h5py.File) -> None:
 
 
 def _open_envi(path: Path) -> Any:
-    return importlib.import_module("spectral.io.envi").open(str(path))
+    image = importlib.import_module("spectral.io.envi").open(str(path))
+    claimed = math.prod(image.shape) * np.dtype(image.dtype).itemsize + image.offset
+    stored = os.path.getsize(image.filename)
+    if claimed > stored:
+        raise UserError(f"{image.filename}: {stored} bytes, its header says {claimed}; replace it")
+    check_claim(path, math.prod(image.shape) * 4, stored)
+    return image
 
 
 def envi_files(header: Path) -> list[Path]:
@@ -455,7 +463,7 @@ def _read_band_images(folder: Path) -> np.ndarray:
     channels agree)."""
     planes: list[np.ndarray] = []
     for path in band_images(folder):
-        with reading(path, "a band image"), Image.open(path) as image:
+        with reading(path, "a band image"), open_image(path) as image:
             plane = np.asarray(image)
         full_scale = np.float32(255 if plane.dtype == np.uint8 else 65535)
         if plane.ndim == 3:
