@@ -1,5 +1,7 @@
 # make demo   the whole way on synthetic scenes: data, training, inference, pictures, a table
 # make test   the quick tests;   make soak   those that take minutes
+# make weights   what ships in weights/, trained from nothing
+# make bench MST_ROOT=... DATA_ROOT=...   all that is measured;   make gpu MST_ROOT=...   on a card, without a set-up
 # make lint   layout, habits and types of the code
 # All set up a virtual environment first. PYTHON= and VENV= can be given.
 
@@ -26,6 +28,16 @@ test: setup
 soak: setup
 	$(PY) -m pytest -m soak --timeout 7200
 
+# Trains what ships in weights/ from nothing; stopped and started again it goes on.
+.PHONY: weights
+weights: setup
+	$(PY) benchmarks/train_weights.py
+
+# Everything that is measured, on this machine: MST_ROOT= and DATA_ROOT= are needed.
+.PHONY: bench
+bench: setup
+	$(PY) benchmarks/bench_all.py --mst-root "$(MST_ROOT)" --data_root "$(DATA_ROOT)"
+
 lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -44,3 +56,9 @@ setup:
 
 clean:
 	rm -rf demo
+
+# On a machine with a card and a Python that has torch, as it is: nothing is set up.
+.PHONY: gpu
+OUT ?= results
+gpu:
+	"$(PYTHON)" benchmarks/gpu.py --minutes 7 --out "$(OUT)" $(if $(MST_ROOT),--mst-root "$(MST_ROOT)")

@@ -45,7 +45,9 @@ OBSERVERS = {
     "cie1964": "CIE 1964 10 Degree Standard Observer",
 }
 MEASURED = {"nikon5100": "Nikon 5100 (NPL)"}
-CAMERAS = (*ANALYTIC, *MEASURED, *OBSERVERS)
+# The cube is reflectance, shaded and exposed; in daylight (D65) it looks like this sRGB photo.
+SRGB = "srgb"
+CAMERAS = (*ANALYTIC, *MEASURED, *OBSERVERS, SRGB)
 
 # The field's recipe (NTIRE 2022): photo-electrons at full scale, and mean signal over full scale.
 ELECTRONS = 750
@@ -79,6 +81,8 @@ def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
     camera: one of CAMERAS, or a CSV file with rows nm,r,g,b. UserError for another one, and where a
     channel sees none of the wavelengths."""
     nm = np.asarray(wavelengths, np.float64)
+    if camera == SRGB:
+        return _srgb_response(tuple(nm.tolist()))
     if camera in ANALYTIC:
         sensitivity = np.stack([sum_of_lobes(nm, lobes) for lobes in ANALYTIC[camera]], axis=1)
     elif camera in OBSERVERS or camera in MEASURED:
@@ -157,8 +161,28 @@ def render_rgb(
     if electrons:
         signal = rng.poisson(np.minimum(signal, CLIP_MARGIN) * electrons) / electrons
     frame = np.rint(np.clip(signal, 0, 1) * 255).astype(np.uint8)
+    return _as_jpeg(frame, jpeg_quality)
+
+
+def ordinary_photo(
+    cube: np.ndarray, response: np.ndarray, *, rng: np.random.Generator
+) -> tuple[np.ndarray, bytes]:
+    """An sRGB photo of a cube (H, W, bands) as cameras and phones deliver them: white balance off
+    by some per cent, photon noise, clipping, gamma, 8 bit, JPEG of quality 70 to 95.
+
+    -> (uint8 (H, W, 3), the bytes of the JPEG file)."""
+    signal = np.maximum(cube.astype(np.float32, copy=False) @ response.astype(np.float32), 0)
+    signal *= np.exp(rng.normal(0, (0.02, 0.0, 0.02))).astype(np.float32)
+    electrons = np.exp(rng.uniform(np.log(1500), np.log(30000)))
+    signal = rng.poisson(np.minimum(signal, CLIP_MARGIN) * electrons) / electrons
+    frame = np.rint(encode_srgb(np.clip(signal, 0, 1)) * 255).astype(np.uint8)
+    return _as_jpeg(frame, int(rng.integers(70, 96)))
+
+
+def _as_jpeg(frame: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
+    """The frame as a JPEG file gives it back, and that file's bytes."""
     encoded = io.BytesIO()
-    Image.fromarray(frame).save(encoded, "JPEG", quality=jpeg_quality)
+    Image.fromarray(frame).save(encoded, "JPEG", quality=quality)
     return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
 
 
@@ -189,6 +213,19 @@ def encode_srgb(linear: np.ndarray) -> np.ndarray:
     return colour.cctf_encoding(linear, "sRGB")
 
 
+@functools.cache
+def decoding_table(levels: int) -> np.ndarray:
+    """Linear light (levels,) float32 in [0, 1] of each sRGB value of 8 or 16 bits."""
+    import colour
+
+    return colour.cctf_decoding(np.linspace(0, 1, levels), "sRGB").astype(np.float32)
+
+
+def linear_light(rgb: np.ndarray) -> np.ndarray:
+    """sRGB values, uint8 or uint16 of any shape -> linear light in [0, 1], float32."""
+    return decoding_table(np.iinfo(rgb.dtype).max + 1)[rgb]
+
+
 @functools.lru_cache(maxsize=16)
 def _srgb_response(wavelengths: tuple[float, ...]) -> np.ndarray:
     """Weights (bands, 3) that make linear sRGB of reflectance in daylight."""
@@ -201,4 +238,5 @@ def _srgb_response(wavelengths: tuple[float, ...]) -> np.ndarray:
     srgb = colour.RGB_COLOURSPACES["sRGB"]
     white = colour.xy_to_XYZ(srgb.whitepoint)
     to_xyz = response / response.sum(axis=0) * white
-    return (to_xyz @ srgb.matrix_XYZ_to_RGB.T).astype(np.float32)
+    weights = to_xyz @ srgb.matrix_XYZ_to_RGB.T
+    return (weights / weights.sum(axis=0)).astype(np.float32)  # the matrix has four decimals

@@ -187,6 +187,11 @@ def build_from_checkpoint(
     return model
 
 
+def without_wrappers(weights: dict) -> dict:
+    """A state dict's names without what DDP and torch.compile put before them."""
+    return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+
+
 def build_model(
     create: Callable[..., Model], config: dict, weights: dict, path: str | Path
 ) -> Model:
@@ -225,9 +230,8 @@ def restoring(path: str | Path) -> Iterator[None]:
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
     """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
     put before names are dropped."""
-    named = {WRAPPERS.sub("", name): value for name, value in weights.items()}
     try:
-        model.load_state_dict(named)
+        model.load_state_dict(without_wrappers(weights))
     except RuntimeError as error:
         first = " ".join(str(error).splitlines()[1:2]).strip()[:200]
         raise UserError(

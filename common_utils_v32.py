@@ -1,5 +1,5 @@
-"""What two or more of the scripts share: command line from dataclasses, process group and seeds,
-files, states of optimizers, memory.
+"""What two or more of the scripts share: command line from dataclasses, seeds, files, states of
+optimizers.
 
 Imports nothing of the project; see README.md for the scripts.
 """
@@ -10,11 +10,9 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import errno
 import importlib
 import json
-import math
 import os
 import random
 import re
@@ -30,11 +28,9 @@ from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_t
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
-GROUP_PATIENCE = datetime.timedelta(hours=2)  # a rank may have longer scenes to score than another
 
 
 # --- command line
@@ -79,6 +75,7 @@ class CliParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("usage", "%(prog)s [flags]")  # help begins with commands, not with flags
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -199,105 +196,7 @@ def pick_fields(cls: type[Fields], settings: Any) -> Fields:
     return cls(**{name: getattr(settings, name) for name in names})
 
 
-# --- process group, devices and seeds
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """This process's place among the processes of a run: torchrun's, or one process alone."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
-        """For each flag: is it set on any rank?"""
-        if self.world_size == 1:
-            return flags
-        counts = self.sum(torch.tensor(flags, dtype=torch.float32, device=device))
-        return tuple((counts > 0).tolist())
-
-    def gather(self, item: Any) -> list:
-        """Every rank's picklable item, in rank order, on every rank."""
-        items = [item] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(items, item)
-        return items
-
-    def gather_lists(self, items: list) -> list:
-        """The items of every rank's list, in rank order, on every rank."""
-        return [item for part in self.gather(items) for item in part]
-
-    def agree(self, value: Any, what: str) -> None:
-        """UserError unless all ranks hold the same value; else some would wait for ever."""
-        values = [str(other) for other in self.gather(value)]
-        if len(set(values)) > 1:
-            found = ", ".join(values)
-            raise UserError(f"{what} differs between ranks: {found}; use a folder all of them see")
-
-    def leave(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()  # rank 0 may still save, and a launcher may end the job with any rank
-            dist.destroy_process_group()
-
-
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto, cpu, cuda or cuda:N -> device; plain cuda under torchrun is the local rank's card."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: no CUDA device is usable here; use --device cpu")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        count = torch.cuda.device_count()
-        if device.index >= count:
-            raise UserError(f"--device {device}: this machine has {count} CUDA devices")
-        torch.cuda.set_device(device)
-    return device
-
-
-def init_process_group(device: str) -> tuple[Ranks, torch.device]:
-    """Join the group that torchrun announces in the environment, if any: gloo on CPU, nccl on
-    CUDA."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    resolved = resolve_device(device, local_rank)
-    if world_size > 1:
-        backend = "nccl" if resolved.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=GROUP_PATIENCE)
-    return Ranks(rank, world_size, local_rank), resolved
-
-
-def set_default_environment() -> None:
-    """CUDA's allocator settings, unless the user has some; before the first CUDA tensor.
-
-    Expandable segments alone: with max_split_size_mb beside them the allocator would not use large
-    merged blocks again, and its reserved memory would grow."""
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch's newer name for the same
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use."""
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "cc"):
-        path = shutil.which(name)
-        if path:
-            return path
-    return None
+# --- seeds
 
 
 def seed_everything(seed: int) -> None:
@@ -407,8 +306,18 @@ def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.Grad
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict) -> None:
     """Load both from `state`; a scale that was kept for another precision is left out."""
     optimizer.load_state_dict(state["optimizer"])
+    _lay_out_alike(optimizer)
     if state["scaler"]["growth_factor"] == scaler.get_growth_factor():
         scaler.load_state_dict(state["scaler"])
+
+
+def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights, which another `use_channels_last` may
+    have written otherwise: fused kernels go through both in one order."""
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def restore_schedule(
@@ -459,54 +368,6 @@ class WeightAverage:
 def make_average(model: nn.Module, decay: float, every: int) -> WeightAverage | None:
     """The average of a model's weights; None where decay is 0."""
     return WeightAverage(model, decay, every) if decay > 0 else None
-
-
-# --- memory
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak CUDA memory of this process, or its resident memory on a CPU, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
-def free_memory() -> float:
-    """Bytes of main memory that this process may still take."""
-    return min(psutil.virtual_memory().available, cgroup_free())
-
-
-def cgroup_free(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> float:
-    """Bytes left under the tightest memory limit on this process, cgroup v1 or v2; inf without
-    one. File cache counts as free."""
-    free = math.inf
-    if not membership.exists():
-        return free
-    for line in membership.read_text(encoding="utf-8").splitlines():
-        controllers, place = line.split(":", 2)[1:]
-        if not controllers:
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inner = top / place.lstrip("/")
-        for folder in (inner, *inner.parents):  # a container may see only the top one
-            if folder.is_relative_to(top) and (folder / names[0]).exists():
-                free = min(free, _free_in(folder, *names))
-    return free
-
-
-def _free_in(folder: Path, limit: str, usage: str, cache: str) -> float:
-    """Bytes left in one cgroup, from the files of these names."""
-    most = float((folder / limit).read_text(encoding="utf-8").replace("max", "inf"))
-    used = int((folder / usage).read_text(encoding="utf-8"))
-    rows = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-    statistics = dict(row.split() for row in rows)
-    return most - used + int(statistics.get(cache, 0))
 
 
 def __getattr__(name: str) -> Any:

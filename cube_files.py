@@ -1,4 +1,5 @@
-"""Cubes and photos, read from and written to every format of the field.
+"""Cubes and photos, read from and written to every format of the field: the door to the rooms of
+the formats. docs/formats.md tells what is read, assumed and refused.
 
 cube = read_cube("scene.mat")                                 # (H, W, bands) float32
 write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, W) float32
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,20 +24,32 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageFile, ImageOps
 
+from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
-from file_claims import check_claim, check_claims, open_image
+from file_claims import open_image
+from raster_files import (
+    ENVI_SUFFIXES,
+    Facts,
+    envi_data_file,
+    envi_facts,
+    nanometres,
+    read_envi,
+    read_tiff,
+    tiff_facts,
+    write_tiff,
+)
 
-CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data")
-BAND_KEYS = ("bands", "wavelengths", "wavelength", "Wavelengths", "Wavelength", "lambda", "wl")
 RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr")
+TIFF_SUFFIXES = (".tif", ".tiff")
+CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr", ".h5", ".hdf5", *TIFF_SUFFIXES)
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # and all whose name begins with a dot
 LAYOUTS = ("hwc", "chw", "cwh", "whc")  # orders of height, width and bands that files have
 FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
 UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
-WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz"}
-NUMBERS = "iuf"  # NumPy's kinds of integers and floats
+MOST_REFLECTANCE = 2.0  # of a shining surface beside the white of the calibration; above are counts
+FEW = 0.01  # share of values that may be outliers
+WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
 EXIF_ORIENTATION = 0x0112
 # Arrays above this are mapped to files, and pages let go after as much was written.
 MAPPED_BYTES = 256 << 20
@@ -63,7 +76,25 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: to read it, pip install {package}") from None
     except Exception as error:  # every decoder has exceptions of its own; the cause stays chained
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as {what} ({reason}); replace the file") from error
+        mend = _what_helps(error, reason)
+        raise UserError(f"{path}: cannot be read as {what} ({reason}); {mend}") from error
+
+
+def _what_helps(error: Exception, reason: str) -> str:
+    """Another file does only where the file is at fault."""
+    if isinstance(error, PermissionError):
+        return "give yourself the right to read it"
+    if re.search(r"\b(un)?lock(s|ed|ing)?\b", reason):
+        return "set HDF5_USE_FILE_LOCKING=FALSE"
+    if "imagecodecs" in reason:
+        return "pip install imagecodecs"
+    if "filter" in reason or "plugin" in reason:
+        return "save it without compression or with gzip"
+    if "allow_pickle" in reason:
+        return "save plain arrays: Python objects are never loaded"
+    if isinstance(error, OSError) and error.errno:
+        return "see that its disk can be read"
+    return "replace the file"
 
 
 def extra(module: str) -> ModuleType:
@@ -115,75 +146,10 @@ def read_rgb(path: str | Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def read_photo(path: Path, work: Path) -> tuple[np.ndarray, list[str]]:
-    """An image file or .npy as (H, W, 3) uint8 RGB, and what was changed to make it so. Big ones
-    are mapped to a file in the folder `work`."""
-    if path.suffix == ".npy":
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[2] != 3:
-            raise UserError(f"expected (H, W, 3) uint8, found {stored.shape} {stored.dtype}")
-        return stored, []
-    with open_image(path) as image:
-        if image.mode == "F":
-            raise UserError("floating-point pixels; save it with 8 bits a channel")
-        remarks = _photo_remarks(image)
-        deep = image.mode.startswith("I")  # one channel of 16 bits
-        upright: Image.Image = ImageOps.exif_transpose(image) if _is_turned(image) else image
-        rgb = allocate_array((upright.height, upright.width, 3), np.uint8, work)
-        for top in range(0, upright.height, 1024):
-            bottom = min(top + 1024, upright.height)
-            strip = upright.crop((0, top, upright.width, bottom))
-            if deep:
-                eight_bits = (np.asarray(strip) / 257).round().clip(0, 255)
-                rgb[top:bottom] = eight_bits[..., None]
-            else:
-                rgb[top:bottom] = np.asarray(strip.convert("RGB"))
-            release(rgb)
-    return rgb, remarks
-
-
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(EXIF_ORIENTATION, 1) != 1
-
-
-def _photo_remarks(image: ImageFile.ImageFile) -> list[str]:
-    """What read_photo changes in this image."""
-    remarks = []
-    # Of 16-bit RGB, Pillow gives the high bytes: only the mode of the stored tiles tells.
-    if image.mode.startswith("I") or ";16" in str(image.tile):
-        remarks.append("16 bit reduced to 8")
-    if _is_turned(image):
-        remarks.append("turned as its EXIF says")
-    if "A" in image.mode or "transparency" in image.info:
-        remarks.append("alpha dropped")
-    if image.mode.startswith(("I", "1", "L")):
-        remarks.append("grey repeated into R, G and B")
-    return remarks
-
-
-def pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
-    """The cube among the arrays of a file: the key given, else a usual name, else the only array
-    with three axes."""
-    if key is None:
-        cubes = [name for name, array in arrays.items() if len(array.shape) == 3]
-        usual = [name for name in cubes if name.lower() in CUBE_KEYS]
-        for names in (usual, cubes):
-            if len(names) == 1:
-                return names[0]
-        problem = "which array is the cube?"
-    elif key in arrays:
-        return key
-    else:
-        problem = f"no array {key} in it;"
-    listed = ", ".join(arrays) or "none, there are no arrays"
-    raise UserError(f"{path}: {problem} give --cube-key, one of: {listed}")
-
-
 def cube_axes(
     shape: tuple[int, ...],
     path: Path,
     *,
-    hdf5: bool,
     axes: str | None,
     bands: int | None,
     rgb_shape: tuple[int, ...] | None,
@@ -212,7 +178,8 @@ def cube_axes(
         usual: tuple[str, ...] = (axes,)
         possible: tuple[str, ...] = (axes,)
     else:
-        usual = ("cwh",) if hdf5 else ("hwc", "chw")
+        matlab = path.suffix.lower() == ".mat" and h5py.is_hdf5(path)
+        usual = ("cwh",) if matlab else ("hwc", "chw")
         possible = LAYOUTS
     found = [layout for layout in usual if fits(layout)]
     found = found or [layout for layout in possible if fits(layout)]
@@ -233,36 +200,49 @@ def _what_is_missing(bands: int | None, rgb_shape: tuple[int, ...] | None) -> st
     return missing
 
 
-def read_cube(
-    path: str | Path,
+def read_cube(path: str | Path, *, bands: int | None = None, **how: Any) -> np.ndarray:
+    """One cube as (H, W, bands) float32 in any memory order, as read_stored gives it but without
+    the bands that its header marks bad; `bands` counts those that are left."""
+    path = Path(path)
+    stored_bands = None if path.suffix.lower() == ".hdr" else bands
+    values, facts = read_stored(path, bands=stored_bands, **how)
+    values = np.delete(values, facts.bad, axis=2) if facts.bad else values
+    if bands is not None and values.shape[2] != bands:
+        raise UserError(f"{path}: does not have {bands} bands but {values.shape[2]}; leave it out")
+    return values
+
+
+def read_stored(
+    path: Path,
     *,
     key: str | None = None,
     axes: str | None = None,
     bands: int | None = None,
     rgb_shape: tuple[int, ...] | None = None,
-) -> np.ndarray:
-    """One cube as (H, W, bands) float32 in any memory order, values as stored (PNG bands: divided
-    by full scale). MATLAB v7.3 and v5 `.mat`, `.npy`, `.npz`, ENVI `.hdr`, or a CAVE folder of one
-    PNG a band. `bands` and `rgb_shape` (H, W, ...) are checked, and tell the axes apart. Values are
-    not judged here: see check_cube."""
-    path = Path(path)
-    suffix = path.suffix.lower()
+) -> tuple[np.ndarray, Facts]:
+    """All stored bands of a cube, (H, W, bands) float32 in any memory order, and what the file says
+    of them. Values as stored, but for what a header states: a scale factor is applied, no data is
+    NaN; PNG bands are divided by full scale. MATLAB v7.3 and v5 `.mat`, HDF5, `.npy`, `.npz`, ENVI
+    `.hdr`, TIFF, or a CAVE folder of one PNG a band. `bands` and `rgb_shape` (H, W, ...) are
+    checked, and tell the axes apart. Values are not judged here: see check_cube."""
+    suffix, facts = path.suffix.lower(), Facts()
+    hints: dict[str, Any] = {"bands": bands, "rgb_shape": rgb_shape}
     with reading(path, "a hyperspectral cube"):
         if path.is_dir():
             axes = "hwc"
             stored = _read_band_images(path)
-        elif suffix == ".hdr":  # load() applies the reflectance scale factor
+        elif suffix == ".hdr":
             axes = "hwc"
-            stored = _open_envi(path).load(dtype=np.float32)
+            stored, facts = read_envi(path)
+        elif suffix in TIFF_SUFFIXES:
+            stored, stated, facts = read_tiff(path)
+            axes = axes or stated
         elif suffix == ".npy":
             stored = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing is taken on trust
-        elif suffix in (".npz", ".mat"):
+        elif suffix in ARRAY_SUFFIXES:
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
-                hdf5 = isinstance(array, h5py.Dataset)
-                axes = cube_axes(  # complains before anything is decoded
-                    array.shape, path, hdf5=hdf5, axes=axes, bands=bands, rgb_shape=rgb_shape
-                )
+                axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
                 stored = array.astype(np.float32)[()]
         else:
             raise UserError(
@@ -270,8 +250,32 @@ def read_cube(
             )
         if stored.dtype.kind not in NUMBERS:
             raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
-    layout = cube_axes(stored.shape, path, hdf5=False, axes=axes, bands=bands, rgb_shape=rgb_shape)
-    return np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
+    layout = cube_axes(stored.shape, path, axes=axes, **hints)
+    values = np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
+    return values, facts
+
+
+def cube_sources(path: Path) -> list[Path]:
+    """The files that a cube is read from."""
+    if path.is_dir():
+        return band_images(path)
+    if path.suffix.lower() == ".hdr":
+        return [path, envi_data_file(path)]
+    return [path]
+
+
+def is_system_file(path: Path) -> bool:
+    """Files that macOS and Windows leave beside data, `._x` and Thumbs.db, hold no data."""
+    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
+
+
+def scene_name(path: Path) -> str:
+    """The name of a cube's scene: leaf of leaf.mat and of leaf.bil.hdr."""
+    if path.is_dir():
+        return path.name
+    stem = Path(path.stem)
+    with_data = path.suffix.lower() == ".hdr" and stem.suffix.lower() in ENVI_SUFFIXES[1:]
+    return stem.stem if with_data else stem.name
 
 
 def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
@@ -287,6 +291,9 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             np.savez(file, cube=cube, wavelengths=np.array(wavelengths, np.float32))
         elif kind == "mat":
             _write_mat(file, cube, wavelengths)
+        elif kind == "tiff":
+            extra("tifffile")
+            write_tiff(file, cube, wavelengths)
         else:
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
@@ -298,37 +305,6 @@ def _write_npy(file: Path, cube: np.ndarray) -> None:
         os.replace(cube.filename, file)
     else:
         np.save(file, cube)
-
-
-@contextmanager
-def open_arrays(path: Path, only: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The numeric arrays of a `.mat` or `.npz` file by name (where it saves reading, `only` these);
-    those of MATLAB v7.3 are read when indexed."""
-    check_claims(path)
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            yield {name: file[name] for name in file.files if only is None or name in only}
-    elif h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            yield _hdf5_arrays(file)
-    else:  # MATLAB v5
-        from scipy.io import loadmat  # takes a moment to import
-
-        found = loadmat(path, variable_names=only)
-        arrays = {name: item for name, item in found.items() if isinstance(item, np.ndarray)}
-        yield {name: array for name, array in arrays.items() if array.dtype.kind in NUMBERS}
-
-
-def _hdf5_arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
-    """The numeric datasets of a file, at any depth; "#refs#" and the like are MATLAB's own."""
-    found: dict[str, h5py.Dataset] = {}
-
-    def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset) and not name.startswith("#"):
-            found[name] = item
-
-    file.visititems(note)
-    return {name: item for name, item in found.items() if item.dtype.kind in NUMBERS}
 
 
 class StoredCube(NamedTuple):
@@ -355,14 +331,14 @@ def find_stored_cube(
         with open_arrays(path) as arrays:
             key = pick_key(arrays, key, path)
             shape = arrays[key].shape
-    axes = cube_axes(shape, path, hdf5=True, axes=axes, bands=bands, rgb_shape=rgb_shape)
+    axes = cube_axes(shape, path, axes=axes, bands=bands, rgb_shape=rgb_shape)
     return StoredCube(path, key, axes, shape[axes.index("c")])
 
 
 def read_window(stored: StoredCube, rows: slice, columns: slice) -> np.ndarray:
     """Rows and columns of a cube, (h, w, bands) float32; nothing else of it is decoded."""
     cuts = {"h": rows, "w": columns, "c": slice(None)}
-    with reading(stored.path, "a hyperspectral cube"), h5py.File(stored.path, "r") as file:
+    with reading(stored.path, "a hyperspectral cube"), open_hdf5(stored.path) as file:
         window = file[stored.key].astype(np.float32)[tuple(cuts[axis] for axis in stored.axes)]
     return window.transpose([stored.axes.index(axis) for axis in "hwc"])
 
@@ -371,7 +347,7 @@ def _write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
     """MATLAB v7.3: HDF5 after 512 bytes. MATLAB is column-major: its H x W x bands is
     (bands, W, H) here."""
     bands, height, width = cube.shape
-    with h5py.File(path, "w", userblock_size=512) as file:
+    with h5py.File(path, "w", userblock_size=512, locking=False) as file:
         target = file.create_dataset("cube", (bands, width, height), np.float32)
         for band, rows in blocks(cube):
             target[band, :, rows] = cube[band, rows].T
@@ -403,21 +379,6 @@ def _state_matlab_classes(file: h5py.File) -> None:
         item.attrs["MATLAB_class"] = np.bytes_(name)
 
 
-def _open_envi(path: Path) -> Any:
-    image = importlib.import_module("spectral.io.envi").open(str(path))
-    claimed = math.prod(image.shape) * np.dtype(image.dtype).itemsize + image.offset
-    stored = os.path.getsize(image.filename)
-    if claimed > stored:
-        raise UserError(f"{image.filename}: {stored} bytes, its header says {claimed}; replace it")
-    check_claim(path, math.prod(image.shape) * 4, stored)
-    return image
-
-
-def envi_files(header: Path) -> list[Path]:
-    """The files that may hold the data of an ENVI header: those beside it of its name."""
-    return sorted(header.parent.glob(f"{header.stem}.*"))
-
-
 def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
     header = {
         "wavelength": [f"{nm:g}" for nm in wavelengths],
@@ -441,11 +402,12 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
 def band_images(folder: Path) -> list[Path]:
     """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), in the order of
     their numbers."""
-    for place in (folder, folder / folder.name):
+    # A link to a scene may have another name.
+    for place in (folder, folder / folder.name, folder / folder.resolve().name):
         numbered: dict[int, Path] = {}
         for path in place.glob("*.png"):
             number = re.search(r"(\d+)$", path.stem)
-            if number:
+            if number and not is_system_file(path):
                 numbered[int(number[1])] = path
         if not numbered:
             continue
@@ -474,31 +436,26 @@ def _read_band_images(folder: Path) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
-def read_wavelengths(path: str | Path) -> list[float] | None:
-    """Band centres in nm where the file has them (ENVI header, `bands` or `wavelengths` arrays, a
-    CAVE folder of 31 bands), else None."""
+def read_wavelengths(path: str | Path, every: bool = False) -> list[float] | None:
+    """Band centres in nm where the file has them (headers, `bands` or `wavelengths` arrays, a CAVE
+    folder of 31 bands), else None; of bands that a header marks bad only with `every`."""
     path = Path(path)
+    suffix = path.suffix.lower()
     with reading(path, "a hyperspectral cube"):
-        stored = _stored_wavelengths(path)
-    values = np.asarray([] if stored is None else stored, dtype=np.float64).ravel()
-    if values.size < 2 or not np.isfinite(values).all():
-        return None
-    if values.max() < 20:  # micrometres, as in some files
-        values = values * 1000
-    return values.tolist() if values.min() > 200 else None
-
-
-def _stored_wavelengths(path: Path) -> Any:
-    """What a file says of its bands, in any unit, or None."""
-    if path.is_dir():
-        return FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
-    if path.suffix.lower() == ".hdr":
-        return _open_envi(path).bands.centers
-    if path.suffix.lower() in (".npz", ".mat"):
-        with open_arrays(path, BAND_KEYS) as arrays:
-            for name in BAND_KEYS:
-                if name in arrays:
-                    return arrays[name][()]
+        if path.is_dir():
+            return FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
+        if suffix == ".hdr":
+            facts = envi_facts(path)
+            bad = () if every else facts.bad
+            nm = nanometres(facts, path)
+            return None if nm is None else [nm[band] for band in range(len(nm)) if band not in bad]
+        if suffix in TIFF_SUFFIXES:
+            return nanometres(tiff_facts(path), path)
+        if suffix in ARRAY_SUFFIXES:
+            for values in band_arrays(path):
+                nm = nanometres(Facts(values), path)
+                if nm is not None:
+                    return nm
     return None
 
 
@@ -514,17 +471,25 @@ def bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> list
     return list(wavelengths)
 
 
-def check_cube(cube: np.ndarray, path: str | Path, constant_bands: bool = True) -> None:
+def check_cube(
+    cube: np.ndarray, path: str | Path, constant_bands: bool = True, facts: Facts | None = None
+) -> None:
     """UserError for values of a cube (H, W, bands) that spoil a training run: NaN, infinite,
-    outside [0, 1], and, with `constant_bands`, a band all of one value."""
+    outside [0, 1], and, with `constant_bands`, a band all of one value. `facts`: what its file
+    says, for the advice."""
+    facts = facts or Facts()
     low, high = float(cube.min()), float(cube.max())
     if not math.isfinite(low) or not math.isfinite(high):
-        count = (~np.isfinite(cube)).sum()
-        raise UserError(f"{path}: {count} values are NaN or infinite; mend or leave out this scene")
+        what = f"{(~np.isfinite(cube)).sum()} values are NaN or infinite"
+        if facts.no_data is not None:
+            pixels = np.isnan(cube).any(axis=2).sum()
+            what = f"{pixels} pixels hold no data (the value {facts.no_data:g})"
+        raise UserError(
+            f"{path}: {what}; leave out this scene, or stage with dataset_setup.py --fill VALUE"
+        )
     if low < -UNIT_TOLERANCE or high > 1 + UNIT_TOLERANCE:
         raise UserError(
-            f"{path}: values from {low:g} to {high:g}, outside [0, 1]; "
-            "stage with dataset_setup.py --scale"
+            f"{path}: values from {low:g} to {high:g}, outside [0, 1]; {_range_advice(cube, facts)}"
         )
     if not constant_bands:
         return
@@ -532,14 +497,49 @@ def check_cube(cube: np.ndarray, path: str | Path, constant_bands: bool = True) 
     for band in range(bands):
         if np.ptp(cube[..., band]) == 0:
             raise UserError(
-                f"{path}: band {band + 1} of {bands} is constant; mend or leave out this scene"
+                f"{path}: band {band + 1} of {bands} is constant; leave out this scene, or stage "
+                "with dataset_setup.py --bands and the others"
             )
+
+
+def outside(cube: np.ndarray) -> tuple[float, float]:
+    """Share of values outside [0, 1], and how far the farthest is."""
+    share = float(np.mean((cube < 0) | (cube > 1)))
+    return share, max(float(-cube.min()), float(cube.max()) - 1, 0.0)
+
+
+def _has_marks(cube: np.ndarray) -> bool:
+    """Whether low values look like a mark of no data: far off, or a pixel's in all its bands."""
+    low = cube.min()
+    return bool(low <= -1 or (low < 0 and (cube == low).all(axis=2).any()))
+
+
+def may_be_clipped(cube: np.ndarray) -> bool:
+    """Whether a cube is reflectance a little outside [0, 1], not counts, nor has marks in it."""
+    few = cube.max() <= MOST_REFLECTANCE or outside(cube)[0] <= FEW
+    return bool(few and not _has_marks(cube))
+
+
+def _range_advice(cube: np.ndarray, facts: Facts) -> str:
+    """The ways in that are open to values outside [0, 1]."""
+    ways = []
+    if _has_marks(cube):
+        ways.append("--no-data=VALUE if the lowest (as stored) means none")
+    if cube.max() > MOST_REFLECTANCE and facts.factor == 1:
+        ways.append("--scale VALUE or --white FILE if these are counts")
+    if may_be_clipped(cube):
+        ways.append("--clip to cut what is outside")
+    if not ways:
+        return "mend or leave out this scene"
+    return f"stage with dataset_setup.py {', or '.join(ways)}"
 
 
 def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
     """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn
     two sets of bands."""
-    if len(nm) != len(others) or np.abs(np.subtract(nm, others)).max() > 1:
+    if len(nm) != len(others):
+        raise UserError(f"{path}: {len(nm)} bands, {len(others)} in the others; use it apart")
+    if np.abs(np.subtract(nm, others)).max() > 1:
         raise UserError(
             f"{path}: {nm[0]:g}..{nm[-1]:g} nm, not {others[0]:g}..{others[-1]:g} as the other "
             "scenes or by --wavelengths; use it apart"

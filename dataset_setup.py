@@ -3,7 +3,7 @@ synthetic raw one is made.
 
     python dataset_setup.py --arad-root RAW --output-root STAGED --patch-size 128 --stride 8
     python dataset_setup.py --cave-root CAVE --output-root STAGED --render-rgb --val-fraction 0.2
-    python dataset_setup.py --cubes DIR --output-root STAGED --scale 4095   # .mat .npy .npz .hdr
+    python dataset_setup.py --cubes DIR --output-root STAGED --scale 4095   # docs/formats.md
     python dataset_setup.py --arad-root RAW --verify-only         # a table; exit code 1 on problems
     python dataset_setup.py --synthetic 20 --output-root RAW --size 256x256    # ARAD-1K's layout
 
@@ -21,7 +21,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from camera_colour import CAMERAS, camera_response, render_rgb
+from camera_colour import (
+    CAMERAS,
+    SRGB,
+    Wavelengths,
+    camera_response,
+    ordinary_photo,
+    render_rgb,
+)
 from common_utils_v32 import (
     CliParser,
     UserError,
@@ -43,35 +50,38 @@ from common_utils_v32 import (
 )
 from cube_files import (
     CUBE_SUFFIXES,
-    FIELD_BANDS,
-    RGB_SUFFIXES,
+    Facts,
     arad_mat,
     check_cube,
-    check_wavelengths,
-    envi_files,
-    read_cube,
+    cube_sources,
     read_rgb,
-    read_wavelengths,
+    read_stored,
 )
+from cube_preparation import find_wavelengths, plan_bands, prepare_cube, remark_lines
+from measured_spectra import WAVELENGTHS
 from optimized_dataloader import patch_grid
 from scene_folders import (
     RGB_ENCODINGS,
     SPLITS,
     Scene,
     cube_facts,
+    encoding_of,
+    find_folder_scenes,
     find_scenes,
     is_intact,
     save_array,
+    synthetic_camera,
     write_index,
 )
 from spectral_evaluation import contact_sheet
-from synthetic_scenes import EXPOSURE, WAVELENGTHS, synthetic_cube
+from synthetic_scenes import EXPOSURE, synthetic_cube
 
 # Flags that the staged files depend on, and what a folder begun before a flag existed has.
 GRID = ("patch_size", "stride", "patch_grid")
 SETTINGS: tuple[str, ...] = (*GRID, "dtype", "scale", "cube_key", "axes", "render_rgb")
 SETTINGS += ("rgb_encoding", "camera", "seed", "val_fraction", "split_seed")
-OLD_SETTINGS = {"rgb_encoding": "linear"}
+SETTINGS += ("chosen_bands", "no_data", "white", "dark", "fill", "clip")
+OLD_SETTINGS = {"rgb_encoding": "linear", "clip": False}
 SPARE_BYTES = 10_000_000  # for index and pictures
 
 Job = tuple[str, Scene]  # a scene and its split
@@ -108,14 +118,23 @@ def make_synthetic(args: argparse.Namespace) -> None:
     )
 
 
+def render_photo(
+    cube: np.ndarray, nm: Wavelengths, rng: np.random.Generator, settings: dict[str, Any]
+) -> tuple[np.ndarray, bytes]:
+    """The photo of a cube by the settings' camera and exposure: pixels and JPEG file."""
+    response = camera_response(settings["camera"], nm)
+    if settings["camera"] == SRGB:
+        return ordinary_photo(cube, response, rng=rng)
+    return render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+
+
 def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dict) -> None:
     """Cube and photo of a scene, the photo alone of a test image."""
     name, number, test = job
     rng = np.random.default_rng([settings["seed"], number])
     height, width = settings["size"]
-    cube = synthetic_cube(rng, height, width)
-    response = camera_response(settings["camera"], WAVELENGTHS)
-    _, jpeg = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    cube = synthetic_cube(rng, height, width, neutral=settings["camera"] == SRGB)
+    _, jpeg = render_photo(cube, WAVELENGTHS, rng, settings)
     if not test:
         mat = arad_mat(cube, WAVELENGTHS)
         atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
@@ -124,29 +143,6 @@ def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dic
 
 
 # --- the scenes of a source
-
-
-def _by_name(found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for name, path in found:
-        if names.setdefault(name, path) != path:
-            raise UserError(f"{path} and {names[name]} are both scene {name}; rename or remove one")
-    return names
-
-
-def _scenes_of_folder(root: Path) -> list[Scene]:
-    """Cubes and, by name, their images. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second
-    folder of that name, and <scene>_RGB.bmp."""
-    cubes, images = [], []
-    for path in root.iterdir():
-        band_folder = path.is_dir() and any(path.rglob("*_01.png"))
-        if band_folder or path.suffix.lower() in CUBE_SUFFIXES:
-            cubes.append((path.stem.removesuffix("_ms"), path))
-    for path in root.rglob("*"):
-        if path.suffix.lower() in RGB_SUFFIXES:
-            images.append((path.stem.lower().removesuffix("_rgb"), path))
-    cube_of, image_of = _by_name(cubes), _by_name(images)
-    return [Scene(name, cube_of[name], image_of.get(name.lower())) for name in sorted(cube_of)]
 
 
 def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, list[Scene]]:
@@ -167,7 +163,11 @@ def collect_scenes(args: argparse.Namespace) -> list[Job]:
     root = Path(args.arad_root or args.cave_root or args.cubes)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder of the data set")
-    splits = find_scenes(root) if args.arad_root else {"train": _scenes_of_folder(root)}
+    references = [Path(file) for file in (args.white, args.dark) if file]
+    if args.arad_root:
+        splits = find_scenes(root)
+    else:
+        splits = {"train": find_folder_scenes(root, leave_out=references)}
     listed = bool(args.arad_root) and (root / "split_txt" / "valid_list.txt").exists()
     if listed and args.val_fraction is not None:
         raise UserError(
@@ -192,46 +192,34 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
     """What the staged files depend on; bands and wavelengths as in the first scene (with
     --verify-only the first that is readable)."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    path, bands = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
-    nm = _wavelengths(args, path, bands)
+    if args.rgb_encoding is None:
+        camera = args.camera if args.render_rgb else _source_camera(args)
+        settings["rgb_encoding"] = encoding_of(camera)
+    path, stored, facts = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
+    every = find_wavelengths(path, stored, args.wavelengths)
+    nm = [every[band] for band in plan_bands(every, args.chosen_bands, facts.bad)]
     if args.render_rgb:
         camera_response(args.camera, nm)  # complains of the camera now
     exposure = None if args.exposure == "auto" else args.exposure
-    return settings | {"exposure": exposure, "bands": bands, "wavelengths": nm}
+    settings |= {"exposure": exposure, "bands": len(nm), "wavelengths": nm}
+    given = bool(args.wavelengths) or None  # folders of before it was kept have None
+    return settings | {"stored_wavelengths": every, "given_wavelengths": given}
 
 
-def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, int]:
-    """Path and band count of the first cube that can be read; only --verify-only goes past one that
-    cannot."""
+def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, int, Facts]:
+    """Path, stored bands and facts of the first cube that can be read; only --verify-only goes past
+    one that cannot."""
     for scene in scenes:
         assert scene.cube_path is not None
         try:
             shape = read_rgb(scene.rgb_path).shape if scene.rgb_path else None
             how = {"key": args.cube_key, "axes": args.axes, "rgb_shape": shape}
-            return scene.cube_path, read_cube(scene.cube_path, **how).shape[2]
+            cube, facts = read_stored(scene.cube_path, **how)
+            return scene.cube_path, cube.shape[2], facts
         except UserError:
             if not args.verify_only or scene == scenes[-1]:
                 raise
     raise UserError("no cubes among the scenes; give a folder that has some")
-
-
-def _wavelengths(args: argparse.Namespace, path: Path, bands: int) -> list[float]:
-    """Band centres in nm: as given, as the file says, or aloud the field's."""
-    if args.wavelengths:
-        first, last = args.wavelengths
-        return np.linspace(first, last, bands).tolist()
-    nm = read_wavelengths(path)
-    if nm is None and bands == len(FIELD_BANDS):
-        print(
-            f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths",
-            flush=True,
-        )
-        return FIELD_BANDS
-    if nm is None or len(nm) != bands:
-        raise UserError(
-            f"{path}: {bands} bands of unknown wavelengths; give --wavelengths FIRST LAST in nm"
-        )
-    return nm
 
 
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
@@ -239,15 +227,17 @@ def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None
     `path`), and `needed` bytes fit."""
     for folder in (root, *root.glob("*")):
         remove_leftovers(folder)
-    if path.exists():
+    files = [file for file in root.rglob("*") if file.is_file()]
+    if path.exists() and files != [path]:  # else nothing was written with the settings in it
         old = OLD_SETTINGS | read_json(path)
+        old.setdefault("stored_wavelengths", old.get("wavelengths"))
         for name, value in settings.items():
             if old.get(name) != value:
                 raise UserError(
                     f"{root}: has {name} {old.get(name)}, not {value}; remove it or give another "
                     "--output-root"
                 )
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif root.exists() and (not root.is_dir() or files not in ([], [path])):
         raise UserError(
             f"{root}: exists and holds other things; give a new or empty folder as --output-root"
         )
@@ -284,42 +274,34 @@ def is_rendered(scene: Scene, settings: dict[str, Any]) -> bool:
     return bool(scene.cube_path) and (settings["render_rgb"] == "all" or scene.rgb_path is None)
 
 
-def load_scene(scene: Scene, settings: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
-    """Cube (H, W, bands) float32, scaled but not judged, and RGB (H, W, 3), rendered where the
-    settings ask for it."""
+def load_scene(
+    scene: Scene, settings: dict[str, Any]
+) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any], Facts | None]:
+    """Cube (H, W, bands) float32 as the settings ask for, not judged, and RGB (H, W, 3), rendered
+    where they ask for it; what was done to the cube, and what its file says."""
     check_files(scene, settings["render_rgb"])
     rgb = None
     if not is_rendered(scene, settings) and scene.rgb_path:
         rgb = read_rgb(scene.rgb_path)
     if scene.cube_path is None:
         assert rgb is not None  # a scene has one or the other
-        return None, rgb
-    cube = read_cube(
-        scene.cube_path,
-        key=settings["cube_key"],
-        axes=settings["axes"],
-        bands=settings["bands"],
-        rgb_shape=None if rgb is None else rgb.shape,
-    )
-    cube = cube / np.float32(settings["scale"])
-    nm = read_wavelengths(scene.cube_path)
-    if nm is not None:
-        check_wavelengths(nm, settings["wavelengths"], scene.cube_path)
+        return None, rgb, {}, None
+    shape = None if rgb is None else rgb.shape
+    cube, record, facts = prepare_cube(scene.cube_path, settings, shape)
     if rgb is None:
         rgb = _render(cube, scene.name, settings)
-    return cube, rgb
+    return cube, rgb, record, facts
 
 
 def _render(cube: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray:
-    if settings["rgb_encoding"] != "linear":
+    rendered = encoding_of(settings["camera"])
+    if settings["rgb_encoding"] != rendered:
         raise UserError(
-            f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and rendered "
-            "photos are linear; leave it out"
+            f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and photos of "
+            f"camera {settings['camera']} are {rendered}; leave it out"
         )
     rng = np.random.default_rng([settings["seed"], *name.encode()])
-    response = camera_response(settings["camera"], settings["wavelengths"])
-    cube = np.nan_to_num(cube)
-    rgb, _ = render_rgb(cube, response, rng=rng, exposure=settings["exposure"])
+    rgb, _ = render_photo(np.nan_to_num(cube), settings["wavelengths"], rng, settings)
     return rgb
 
 
@@ -329,13 +311,12 @@ def _grid(shape: tuple[int, ...], settings: dict[str, Any]) -> tuple[list[int], 
     return patch_grid(shape[0], shape[1], patch, stride, mode)
 
 
-def _source(scene: Scene) -> list[list]:
+def _source(scene: Scene, settings: dict[str, Any]) -> list[list]:
     """Names, sizes and times of the raw files, to notice a changed one."""
-    files = [path for path in (scene.cube_path, scene.rgb_path) if path]
-    if scene.cube_path and scene.cube_path.suffix == ".hdr":
-        files += envi_files(scene.cube_path)
-    elif scene.cube_path and scene.cube_path.is_dir():
-        files += sorted(scene.cube_path.rglob("*.png"))
+    files = cube_sources(scene.cube_path) if scene.cube_path else []
+    files += [scene.rgb_path] if scene.rgb_path else []
+    for reference in (settings["white"], settings["dark"]):
+        files += cube_sources(Path(reference)) if reference else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -343,21 +324,22 @@ def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
     """Write one scene's .npy files and, last, its record <scene>.json, which becomes its entry in
     index.json."""
     split, scene = job
-    cube, rgb = load_scene(scene, settings)
+    cube, rgb, record, facts = load_scene(scene, settings)
     entry: dict[str, Any] = {
         "name": scene.name,
         "shape": rgb.shape[:2],
-        "source": _source(scene),
+        "source": _source(scene, settings),
         "rgb": f"{split}/{scene.name}.rgb.npy",
         "rgb_dtype": str(rgb.dtype),
         "rendered": is_rendered(scene, settings),
         "rgb_range": [rgb.min(), rgb.max()],
         "rgb_mean": rgb.mean((0, 1)),
         "rgb_std": rgb.std((0, 1)),
+        **record,
     }
     if cube is not None:
         assert scene.cube_path is not None
-        check_cube(cube, scene.cube_path)
+        check_cube(cube, scene.cube_path, facts=facts)
         # What is measured against is never rounded.
         dtype = settings["dtype"] if split == "train" else "float32"
         rows, columns = _grid(cube.shape, settings)
@@ -407,14 +389,15 @@ def _bytes_needed(job: Job, settings: dict[str, Any]) -> int:
     return rgb.nbytes + height * width * settings["bands"] * value
 
 
-def _is_done(root: Path, split: str, scene: Scene) -> bool:
+def _is_done(root: Path, job: Job, settings: dict[str, Any]) -> bool:
     """An earlier run wrote this scene, from the same raw files, and its own files are as it left
     them."""
+    split, scene = job
     path = root / split / f"{scene.name}.json"
     if not path.exists():
         return False
     entry = read_json(path)
-    if entry["source"] != _source(scene):
+    if entry["source"] != _source(scene, settings):
         return False
     return is_intact(root, entry)
 
@@ -426,7 +409,7 @@ def stage(args: argparse.Namespace) -> None:
     for _, scene in jobs:
         check_files(scene, args.render_rgb)
     settings = resolve_settings(args, jobs)
-    left = [(split, scene) for split, scene in jobs if not _is_done(root, split, scene)]
+    left = [job for job in jobs if not _is_done(root, job, settings)]
     sizes = run_jobs(partial(_bytes_needed, settings=settings), left, args.workers, "sizes")
     claim(root, root / "settings.json", settings, sum(sizes))
     records: dict[str, list[Path]] = {split: [] for split in SPLITS}
@@ -449,6 +432,8 @@ def stage(args: argparse.Namespace) -> None:
     contact_sheet(root, index)
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in splits.items())
     patches = sum(entry["patches"] for entry in splits["train"])
+    for line in remark_lines([*splits["train"], *splits["val"]]):
+        print(line)
     print(
         f"{root}: {counts} scenes ({len(jobs) - len(left)} were there), {patches} training "
         f"patches; look at {root / 'contact_sheet.png'}"
@@ -457,8 +442,7 @@ def stage(args: argparse.Namespace) -> None:
 
 def _source_camera(args: argparse.Namespace) -> str | None:
     """The camera of photos that came with a synthetic raw folder."""
-    facts = Path(args.arad_root or ".") / "synthetic.json"
-    return read_json(facts).get("camera") if args.arad_root and facts.exists() else None
+    return synthetic_camera(Path(args.arad_root)) if args.arad_root else None
 
 
 # --- verification
@@ -469,13 +453,14 @@ def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
     split, scene = job
     row = f"{split:5s} {scene.name:24s}"
     try:
-        cube, rgb = load_scene(scene, settings)
+        cube, rgb, record, facts = load_scene(scene, settings)
         shape = rgb.shape if cube is None else cube.shape
         row += f" {' x '.join(map(str, shape))}"
         if cube is not None:
             row += f"  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}"
             row += f"  zeros {np.mean(cube == 0):.3%}  NaN {np.isnan(cube).sum()}"
-            check_cube(cube, scene.cube_path or scene.name)
+            row += "".join(f"  {line}" for line in remark_lines([{"name": "note", **record}]))
+            check_cube(cube, scene.cube_path or scene.name, facts=facts)
     except UserError as error:
         row += f"  PROBLEM {error}"
     return row
@@ -509,7 +494,7 @@ def _add_source_flags(parser: CliParser) -> None:
     add = partial(source.add_argument, metavar="DIR")
     add("--arad-root", help="ARAD-1K layout: Train_Spec, Train_RGB, Test_RGB, split_txt")
     add("--cave-root", help="CAVE layout: a folder of band images for each scene")
-    add("--cubes", help="cubes (.mat .npy .npz .hdr), each with its RGB of the same name")
+    add("--cubes", help=f"cubes ({' '.join(CUBE_SUFFIXES)}), each with its RGB of the same name")
     synthetic = "make N raw scenes, to be staged with --arad-root"
     source.add_argument("--synthetic", type=int, metavar="N", help=synthetic)
 
@@ -531,11 +516,24 @@ def _add_staging_flags(parser: CliParser) -> None:
     fraction_help = "share for validation where there are no lists; 0.1 unless given"
     add("--val-fraction", type=float, help=fraction_help)
     add("--split-seed", type=int, default=0, help="seed of that draw")
-    add("--scale", type=float, default=1.0, help="the stored value that means 1")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
-    nm_help = "nm, where the files do not say"
-    add("--wavelengths", type=float, nargs=2, metavar=("FIRST", "LAST"), help=nm_help)
+    nm_help = "nm, where the files do not say: first and last, one a band, or a text file"
+    add("--wavelengths", nargs="+", metavar="NM", help=nm_help)
+
+
+def _add_value_flags(parser: CliParser) -> None:
+    add = parser.add_argument_group("from stored values to reflectance").add_argument
+    bands_help = "bands to keep: numbers from 1 or nm, such as 1-12,20 or 450-650nm"
+    add("--bands", dest="chosen_bands", nargs="+", metavar="LIST", help=bands_help)
+    white_help = "white reference of counts (any format), averaged over lines, by column and band"
+    add("--white", metavar="FILE", help=white_help)
+    add("--dark", metavar="FILE", help="its dark reference")
+    add("--scale", type=float, default=1.0, help="the stored value that means 1")
+    add("--no-data", type=float, help="stored value of no data, where the files do not say")
+    add("--fill", type=float, metavar="VALUE", help="take in no data, as this value from 0 to 1")
+    clip_help = "cut values a little outside [0, 1], and record how many and how far"
+    add("--clip", action=argparse.BooleanOptionalAction, default=False, help=clip_help)
 
 
 def _add_photo_flags(parser: CliParser) -> None:
@@ -543,9 +541,11 @@ def _add_photo_flags(parser: CliParser) -> None:
     which = ("missing", "all")
     render_help = "render the missing images, or all"
     add("--render-rgb", nargs="?", const="missing", choices=which, help=render_help)
-    encoding_help = "how the photos' light is encoded: NTIRE's are linear, most others srgb"
-    add("--rgb-encoding", choices=RGB_ENCODINGS, default="linear", help=encoding_help)
-    camera_help = f"{', '.join(CAMERAS)}, or a CSV file with rows nm,r,g,b"
+    encoding_help = "how the photos' light is encoded: NTIRE's are linear (the default), most srgb"
+    add("--rgb-encoding", choices=RGB_ENCODINGS, help=encoding_help)
+    camera_help = (
+        f"{', '.join(CAMERAS)} (ordinary photos of reflectance), or a CSV file with rows nm,r,g,b"
+    )
     add("--camera", default="analytic", help=camera_help)
     exposure_help = (
         f"gain of the linear camera signal ({EXPOSURE} for --synthetic), or auto: mean 0.18 (for "
@@ -567,6 +567,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = CliParser(description=__doc__)
     _add_source_flags(parser)
     _add_staging_flags(parser)
+    _add_value_flags(parser)
     _add_photo_flags(parser)
     args = parser.parse_args(argv)
     for name in ("patch_size", "stride", "workers"):
@@ -575,7 +576,10 @@ def main(argv: list[str] | None = None) -> int | None:
         _check_range(args, name, 1e-9)
     for name in ("seed", "split_seed"):
         _check_range(args, name, 0)
-    _check_range(args, "val_fraction", 0, 1)
+    for name in ("val_fraction", "fill"):
+        _check_range(args, name, 0, 1)
+    if args.dark and not args.white:
+        raise UserError(f"--dark {args.dark}: give --white too")
     synthetic = args.synthetic is not None
     if args.verify_only and not synthetic:
         return verify(args)

@@ -11,12 +11,15 @@ import math
 import struct
 import zipfile
 import zlib
+from gzip import GzipFile
 from pathlib import Path
+from typing import IO
 
 import h5py
 from PIL import Image, ImageFile
 
-from common_utils_v32 import UserError, free_memory
+from common_utils_v32 import UserError
+from compute_devices import free_memory
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # others run programs, or are no photos
 MODEST = 1 << 30  # bytes that any file may claim
@@ -41,6 +44,15 @@ def open_image(path: Path) -> ImageFile.ImageFile:
     image = Image.open(path, formats=IMAGE_FORMATS)
     check_claim(path, image.width * image.height * len(image.getbands()), path.stat().st_size)
     return image
+
+
+def read_packed(path: Path, unpacked: IO[bytes] | GzipFile) -> bytearray:
+    """All bytes of the packed file at `path`, given open, until there are too many."""
+    content = bytearray()
+    while block := unpacked.read(1 << 24):
+        content += block
+        check_claim(path, len(content), path.stat().st_size)
+    return content
 
 
 def check_claims(path: Path) -> None:

@@ -29,21 +29,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from checkpoint_files import build_model, load_weights, read_checkpoint
-from common_utils_v32 import UserError, free_memory
+from common_utils_v32 import UserError
+from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 
 FACTORIES = {
     "hsifusion": ("hsifusion_v252_complete", "create_hsifusion_lightning_pro"),
     "sharp": ("sharp_v322_hardened", "create_sharp_v32"),
 }
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "hsifusion_tiny_srgb.safetensors"
 RIVAL = "mst++"  # whose checkpoints are scored too
 # px, the models' least input; smaller images are mirrored at their edges, the output is cut back.
 MIN_SIDE = 64
 MAX_TILE = 1024  # px
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
-# What a CPU's allocator and cuBLAS say in a plain RuntimeError.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 RGB_NORMS = ("per_image", "unit")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 
@@ -61,6 +61,7 @@ class LoadOptions:
     model_size: str = "base"
     model_options: str = "{}"  # other fields of its configuration, as JSON
     rgb_norm: str | None = None
+    rgb_encoding: str | None = None  # linear or srgb
     mst_root: str | None = None  # a checkout of MST++, for its weights
 
 
@@ -92,17 +93,24 @@ class Loaded:
     rgb_norm: str
     wavelengths: list[float]  # nm
     bands: int
+    encoding: str = "linear"  # of the photos that it was trained on, or srgb
     pixel_bytes: float = 0.0  # that a forward needs for each pixel
 
 
 # --- loading
 
 
-def load_model(spec: str, device: torch.device, options: LoadOptions | None = None) -> Loaded:
-    """Read CHECKPOINT or NAME=CHECKPOINT; a pickle that would run code is refused.
+def load_model(
+    spec: str | None = None,
+    device: torch.device | None = None,
+    options: LoadOptions | None = None,
+) -> Loaded:
+    """Read CHECKPOINT or NAME=CHECKPOINT, by default the weights that ship, for sRGB photos; a
+    pickle that would run code is refused.
 
     UserError where the file is none, does not say what it is, or does not fit."""
-    options = options or LoadOptions()
+    options, device = options or LoadOptions(), device or torch.device("cpu")
+    spec = spec or str(SHIPPED_WEIGHTS)
     name, path = _split_name(spec)
     checkpoint = read_checkpoint(path)
     weights = "ema" if options.ema and checkpoint["ema"] else "raw"
@@ -114,6 +122,7 @@ def load_model(spec: str, device: torch.device, options: LoadOptions | None = No
     facts = dict(checkpoint["data"] or {})
     facts["rgb_norm"] = _rgb_normalisation(facts.get("rgb_norm"), kind, path, options)
     facts["wavelengths"] = _band_centres(facts.get("wavelengths"), bands, path)
+    facts["rgb_encoding"] = _rgb_encoding(facts.get("rgb_encoding"), path, options)
     module.to(device)
     module.to(memory_format=torch.channels_last)
     model = Loaded(
@@ -126,6 +135,7 @@ def load_model(spec: str, device: torch.device, options: LoadOptions | None = No
         config=config,
         data=facts,
         rgb_norm=facts["rgb_norm"],
+        encoding=facts["rgb_encoding"],
         wavelengths=facts["wavelengths"],
         bands=bands,
     )
@@ -202,6 +212,13 @@ def _rgb_normalisation(recorded: Any, kind: str, path: str, options: LoadOptions
     if asked not in (None, norm):
         raise UserError(f"{path}: was trained with --rgb_norm {norm}")
     return norm
+
+
+def _rgb_encoding(recorded: str | None, path: str, options: LoadOptions) -> str:
+    """As the checkpoint says; of one that does not, as asked, or linear as NTIRE's photos are."""
+    if recorded and options.rgb_encoding not in (None, recorded):
+        raise UserError(f"{path}: was trained with --rgb_encoding {recorded}")
+    return recorded or options.rgb_encoding or "linear"
 
 
 def mst_plus_plus(root: str | None) -> nn.Module:
@@ -377,13 +394,6 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 # --- frames that fit the memory
 
 
-def free_cuda_memory(device: torch.device) -> float:
-    """Bytes of a card's memory that this process may still take: what the driver has, and what
-    torch keeps for itself without using it."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a
     tile that does."""
@@ -400,11 +410,58 @@ def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) 
     return max(MIN_SIDE, min(MAX_TILE, side) // 32 * 32)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator had no memory left; some raise a plain RuntimeError that says so."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return type(error) is RuntimeError and any(text in str(error) for text in OUT_OF_MEMORY)
+def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tensor:
+    """(1, 3, H, W) -> the network's cube (1, bands, H, W) on `device`; on the CPU where the frame
+    took more memory than there is and was predicted in tiles, which is said."""
+
+    def run(x: Tensor) -> Tensor:
+        return first_output(network(x.to(device)))
+
+    try:
+        return run(rgb)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    height, width = rgb.shape[-2:]
+
+    def source(top: int, bottom: int, left: int, right: int) -> Tensor:
+        return rgb[0, :, top:bottom, left:right]
+
+    def allocate(channels: int) -> np.ndarray:
+        return np.empty((channels, height, width), np.float32)
+
+    def tiled(tile: int) -> np.ndarray:
+        return blend_tiles(run, source, (height, width), tile, tile // 4, 1, allocate)
+
+    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(height, width)))
+    return torch.from_numpy(cube)[None]
+
+
+def smaller_tile(tried: int) -> int:
+    """The side to go on with where a tile of `tried` pixels ran out of memory. UserError where it
+    cannot be smaller."""
+    if tried < 2 * MIN_SIDE:
+        raise UserError(f"out of memory even with a tile of {tried} px; free some memory")
+    patch = tried // 2 // 8 * 8
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    text = f"out of memory with a tile of {tried} px: going on with {patch} px"
+    tqdm.write(text, file=sys.stderr)
+    return patch
+
+
+def in_smaller_tiles(
+    tiled: Callable[[int], np.ndarray], patch: int, most: int = sys.maxsize
+) -> tuple[np.ndarray, int]:
+    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out. `most` is
+    the longer side of the image."""
+    while True:
+        try:
+            return tiled(patch), patch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        patch = smaller_tile(min(patch, most))
 
 
 def predict(
@@ -425,21 +482,9 @@ def predict(
     def run(x: Tensor) -> Tensor:
         return forward(model, x, options)[:, :channels]
 
-    while True:
-        overlap = patch // 4 if options.overlap is None else options.overlap
-        overlap = min(overlap, patch - 1 if patch == options.patch_size else patch // 2)
-        try:
-            cube = blend_tiles(
-                run, source, size, patch, overlap, options.batch_size, allocate, tick
-            )
-            return cube, patch
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        tried = min(patch, max(size))
-        if tried < 2 * MIN_SIDE:
-            raise UserError(f"out of memory even with a tile of {patch} px; free some memory")
-        patch = tried // 2 // 8 * 8
-        torch.cuda.empty_cache()
-        text = f"out of memory with a tile of {tried} px: going on with {patch} px"
-        tqdm.write(text, file=sys.stderr)
+    def tiled(side: int) -> np.ndarray:
+        overlap = side // 4 if options.overlap is None else options.overlap
+        overlap = min(overlap, side - 1 if side == options.patch_size else side // 2)
+        return blend_tiles(run, source, size, side, overlap, options.batch_size, allocate, tick)
+
+    return in_smaller_tiles(tiled, patch, max(size))

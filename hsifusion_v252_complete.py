@@ -16,7 +16,6 @@ h heads, N tokens, D head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attention_windows import (
+    add_windows,
+    along_axis,
+    coverage,
+    extract_windows,
+    keys_inside,
+    rotary_table,
+    rotate,
+    window_count,
+)
 from checkpoint_files import build_from_checkpoint
 from common_utils_v32 import opt
 from sparse_attention import sparse_attention_topk_streaming
@@ -46,10 +55,10 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 4, 8)},
-    "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (4, 4, 8)},
-    "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (4, 8, 8)},
-    "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (4, 8, 8)},
+    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 2, 10)},
+    "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (2, 6, 8)},
+    "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (2, 8, 12)},
+    "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (2, 8, 8)},
 }
 LEVEL_WIDTHS = (1.0, 1.75, 2.5)  # of the base channels, at 1/2, 1/4 and 1/8 of the resolution
 LEVELS = len(LEVEL_WIDTHS)
@@ -70,7 +79,7 @@ class LightningProConfig:
         (2, 2, 2), "blocks per level; a decoder level has one less, at least one"
     )
     num_heads: tuple[int, ...] = _model(
-        (4, 4, 8), "attention heads per level, half of them spectral"
+        (4, 2, 10), "attention heads per level, half of them spectral"
     )
     window_size: int = _model(
         8, "side of an attention window, tokens; windows overlap by a quarter"
@@ -125,95 +134,13 @@ class LightningProConfig:
 
     @property
     def widths(self) -> list[int]:
-        """Channels per level; a head's width is a multiple of 4, as 2-D rotary positions need."""
+        """Channels per level. A head's width is a multiple of 8, for half precision's fast kernels,
+        and so of 4, which rotary positions in 2-D need."""
         widths = []
         for share, heads in zip(LEVEL_WIDTHS, self.num_heads, strict=True):
-            step = 4 * heads
+            step = 8 * heads
             widths.append(max(1, round(self.base_channels * share / step)) * step)
         return widths
-
-
-# --- windows
-
-
-def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Cosines and signed sines (2, height * width, dim) that turn a head of width `dim`.
-
-    Pairs are (i, i + dim / 2), the first half of them turned by row, the second by column: rotary
-    position embedding in 2-D (Su et al. 2021). Wavelengths run from 2 pi to about 100 tokens."""
-    frequency = 16.0 ** -(torch.arange(dim // 4, device=device) / max(1, dim // 4))
-    rows = torch.arange(height, device=device)[:, None] * frequency
-    columns = torch.arange(width, device=device)[:, None] * frequency
-    by_row = rows[:, None].expand(height, width, -1)
-    by_column = columns[None].expand(height, width, -1)
-    angle = torch.cat([by_row, by_column], dim=-1).flatten(0, 1)
-    cosines = angle.cos().repeat(1, 2)
-    signed_sines = torch.cat([-angle.sin(), angle.sin()], dim=-1)
-    return torch.stack([cosines, signed_sines])
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept.
-
-    Whole rows are multiplied: to cut them into halves first takes five times as long."""
-    cosines, signed_sines = table.to(x.dtype)
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), signed_sines)
-
-
-def window_count(side: int, window: int, stride: int) -> int:
-    """Windows that cover `side` tokens, the last one reaching past the end where it must."""
-    return 1 + max(0, math.ceil((side - window) / stride))
-
-
-def extract_windows(x: Tensor, window: int, stride: int, groups: int = 1) -> Tensor:
-    """Overlapping windows of (B, H, W, groups * D), zeros past the right and bottom.
-
-    -> (groups, B, rows, columns, window, window, D). Needs window <= 2 stride: a window is its own
-    `stride` tokens and the first of the next one's."""
-    rows = window_count(x.shape[1], window, stride)
-    columns = window_count(x.shape[2], window, stride)
-    bottom = (rows + 1) * stride - x.shape[1]
-    right = (columns + 1) * stride - x.shape[2]
-    x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    shared = window - stride
-    x = x.unflatten(1, (-1, stride))
-    x = torch.cat([x[:, :-1], x[:, 1:, :shared]], dim=2)  # B, rows, window, W, C
-    x = x.unflatten(3, (-1, stride)).unflatten(5, (groups, -1)).permute(5, 0, 1, 3, 2, 4, 6)
-    return torch.cat([x[:, :, :, :-1], x[:, :, :, 1:, :, :shared]], dim=5)
-
-
-def _merge_axis(x: Tensor, stride: int) -> Tensor:
-    """Add up windows (A, n, window, ...) that start every `stride` along one axis.
-
-    -> (A, (n - 1) stride + window, ...)"""
-    count, window = x.shape[1:3]
-    if window == stride:
-        return x.flatten(1, 2)
-    other_axes = (0, 0) * (x.ndim - 3)
-    heads = F.pad(x[:, :, :stride], (*other_axes, 0, 0, 0, 1))
-    tails = F.pad(x[:, :, stride:], (*other_axes, 0, 2 * stride - window, 1, 0))
-    return (heads + tails).flatten(1, 2)[:, : (count - 1) * stride + window]
-
-
-def add_windows(x: Tensor, stride: int) -> Tensor:
-    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D).
-
-    The sum over the windows that cover a token; H and W reach as far as the windows do."""
-    groups, batch, rows, columns, window = x.shape[:5]
-    x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
-    x = _merge_axis(x, stride)  # B, rows of tokens, (columns, window, groups, D)
-    x = _merge_axis(x.reshape(batch * x.shape[1], columns, window, -1), stride)
-    return x.unflatten(0, (batch, -1))
-
-
-def coverage(height: int, width: int, window: int, stride: int, like: Tensor) -> Tensor:
-    """How many windows cover each token, (height, width, 1), of the type and device of `like`."""
-
-    def along(side: int) -> Tensor:
-        ones = like.new_ones(1, window_count(side, window, stride), window)
-        return _merge_axis(ones, stride)[0, :side]
-
-    return (along(height)[:, None] * along(width))[..., None]
 
 
 # --- attention
@@ -263,18 +190,22 @@ class WindowAttention(nn.Module):
         q, k, v = q.reshape(tokens), k.reshape(tokens), v.reshape(tokens)
         if self.use_rope:
             q, k = rotate(q, self.table), rotate(k, self.table)
+        # Windows are the batch: a GPU's kernels take 65,535 heads at most.
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.padding_mask(x))
-        return add_windows(out.view(shape), self.stride)
+        return add_windows(out.transpose(0, 1).reshape(shape), self.stride)
 
     def padding_mask(self, x: Tensor) -> Tensor | None:
-        """True where a window's key is a token of the frame, (1, windows, 1, keys); None where all
-        are."""
+        """True where a window's key is a token of the frame, (B * windows, 1, 1, keys); None where
+        all are."""
         sides = x.shape[1:3]
         if all(side >= self.window and (side - self.window) % self.stride == 0 for side in sides):
             return None
-        inside = torch.ones(1, *sides, 1, dtype=torch.bool, device=x.device)
-        mask = extract_windows(inside, self.window, self.stride)
-        return mask.reshape(1, -1, 1, self.window**2).repeat(1, len(x), 1, 1)
+        settings = (self.window, self.stride, x.device)
+        rows = along_axis(keys_inside, sides[0], *settings)
+        columns = along_axis(keys_inside, sides[1], *settings)
+        mask = rows[:, None, :, None] & columns[None, :, None, :]
+        return mask.reshape(-1, 1, 1, self.window**2).repeat(len(x), 1, 1, 1)
 
     def whole_frame(self, x: Tensor) -> Tensor:
         """Dense, or sparse by exact top-k."""

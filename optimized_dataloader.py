@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from camera_colour import linear_light
 from common_utils_v32 import UserError, opt
 from scene_folders import FileCheck, RawScenes, Scenes, StagedScenes
 from training_runs import leave_process_group
@@ -39,12 +40,26 @@ _free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
 
 def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float | Tensor) -> Tensor:
     """RGB values -> float32. `unit` divides uint8 by 255 and uint16 by 65535, so it wants them as
-    stored; `per_image` maps the whole image's [low, high] to [0, 1]."""
+    stored, or as linear light in [0, 1]; `per_image` maps the whole image's [low, high] to
+    [0, 1]."""
+    if rgb_norm == "unit" and rgb.is_floating_point():
+        return rgb
     if rgb_norm == "unit":
         return rgb.float() / float(torch.iinfo(rgb.dtype).max)
     if rgb_norm != "per_image":
         raise UserError(f"rgb_norm {rgb_norm!r}: choose per_image or unit")
-    return (rgb.float() - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1.0)
+    return (rgb.float() - low) / (torch.as_tensor(high, dtype=torch.float32) - low).clamp_min(1e-6)
+
+
+def decode_light(
+    rgb: np.ndarray, low: int, high: int, encoding: str
+) -> tuple[np.ndarray, float, float]:
+    """RGB as stored and its range -> the same in linear light: sRGB becomes float32 in [0, 1],
+    what is linear stays as it is."""
+    if encoding == "linear":
+        return rgb, low, high
+    ends = linear_light(np.array([low, high], rgb.dtype))
+    return linear_light(rgb), float(ends[0]), float(ends[1])
 
 
 def patch_grid(
@@ -67,7 +82,7 @@ def patch_grid(
 
 @dataclass
 class DataConfig:
-    """What the loaders need to know; `rank` and `world_size` come from the process group."""
+    """What the loaders need to know; `rank`, `world_size` and `on_gpu` come from the process."""
 
     data_root: str = _data("./data/ARAD_1K", "folder staged by dataset_setup.py, or raw ARAD-1K")
     memory_mode: str = _data(
@@ -91,8 +106,12 @@ class DataConfig:
     num_workers: int = _data(-1, "loader processes; -1 = 2 with a GPU, else none")
     seed: int = _data(42, "seed of order and augmentation")
     augment: bool = _data(True, "random rotations and flips of training patches")
+    mix_root: str | None = _data(None, "a second training set, mixed into the batches of the first")
+    mix_share: float = _data(0.25, "its share of a batch at first; none at the end of the run")
+    mix_until: int = 0  # iterations of the run, from which on nothing is mixed in
     rank: int = 0
     world_size: int = 1
+    on_gpu: bool = False  # batches go to one: they are pinned, and read by workers
     cube_key: str | None = _data(None, "name of the cube in raw files, if it is not a usual one")
     axes: str | None = _data(None, "stored order of h, w and c in raw files, if it cannot be told")
     verify: bool = _data(
@@ -108,6 +127,8 @@ class DataConfig:
         for name in ("patch_size", "stride", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.mix_share < 1:
+            raise UserError(f"--mix_share {self.mix_share}: give 0 or more, below 1")
         if self.iterations_per_epoch < 0:
             raise UserError(f"--iterations_per_epoch {self.iterations_per_epoch}: give 0 or more")
 
@@ -115,7 +136,7 @@ class DataConfig:
 class RawBatch(NamedTuple):
     """A batch as stored, still to be augmented and normalised by prepare_batch."""
 
-    rgb: Tensor  # (B, p, p, 3) uint8 or uint16
+    rgb: Tensor  # (B, p, p, 3) uint8 or uint16, of sRGB photos float32 in linear light
     cube: Tensor  # (B, p, p, bands) float16 or float32
     augment: Tensor  # (B,) uint8, element of the dihedral group, 0 to 7
     rgb_range: Tensor  # (B, 2) float32, what becomes 0 and 1
@@ -147,9 +168,10 @@ class PatchDataset(Dataset[RawBatch]):
     workers hand over few big tensors; which patches and which augmentation is a function of seed,
     epoch and sample alone."""
 
-    def __init__(self, scenes: Scenes, config: DataConfig):
+    def __init__(self, scenes: Scenes, config: DataConfig, mixed: PatchDataset | None = None):
         self.scenes = scenes
         self.config = config
+        self.mixed = mixed  # the patches of `mix_root`
         self.grids = [
             patch_grid(height, width, config.patch_size, config.stride, config.patch_grid)
             for height, width in scenes.shapes
@@ -186,7 +208,23 @@ class PatchDataset(Dataset[RawBatch]):
         return np.concatenate(patches), np.concatenate(augment)
 
     def __getitem__(self, position: tuple[int, int]) -> RawBatch:
-        return self.read(*self.samples(*position))
+        patches, augment = self.samples(*position)
+        count = self.mixed_in(*position)
+        if self.mixed is None or not count:
+            return self.read(patches, augment)
+        others, codes = self.mixed.samples(*position)
+        mine = self.read(patches[count:], augment[count:])
+        theirs = self.mixed.read(others[:count], codes[:count])
+        return RawBatch(*(torch.cat(pair) for pair in zip(theirs, mine, strict=True)))
+
+    def mixed_in(self, epoch: int, iteration: int) -> int:
+        """How many samples of a batch are of the second set: a share that falls to none, rounded up
+        or down by chance, so that its mean is right."""
+        config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
+        done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
+        share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))
+        chance = np.random.default_rng((config.seed % 2**64, epoch, iteration, 1)).random()
+        return int(share * config.batch_size + chance)
 
     def read(self, patches: np.ndarray, augment: np.ndarray) -> RawBatch:
         batch, side, scenes = len(patches), self.config.patch_size, self.scenes
@@ -197,6 +235,9 @@ class PatchDataset(Dataset[RawBatch]):
             rgb_range = scenes.copy_patch(*self.place(patch), cube[i].numpy(), rgb[i].numpy())
             if self.config.rgb_norm == "per_image":
                 ranges[i] = rgb_range
+        if scenes.rgb.encoding != "linear":
+            rgb = torch.from_numpy(linear_light(rgb.numpy()))
+            ranges = linear_light(ranges.astype(scenes.rgb.dtype))
         facts = [torch.from_numpy(array) for array in (augment, ranges, patches)]
         return RawBatch(rgb, cube, *facts)
 
@@ -209,13 +250,25 @@ def dihedral(x: Tensor, code: int) -> Tensor:
     return x.transpose(0, 1) if code & 4 else x
 
 
-def _turned(stored: Tensor, codes: list[int]) -> Tensor:
+@functools.lru_cache(maxsize=4)
+def turned_places(side: int, device: torch.device) -> Tensor:
+    """(8, side^2) int64: for each element of the dihedral group, which pixel each one shows."""
+    places = torch.arange(side**2, device=device).view(side, side)
+    return torch.stack([dihedral(places, code).flatten() for code in range(8)])
+
+
+def turned_by_gather(stored: Tensor, codes: Tensor) -> Tensor:
+    """What `turned_one_by_one` gives, in a few launches for the whole batch: for a GPU."""
+    places = turned_places(stored.shape[1], stored.device)[codes.to(stored.device).long()]
+    pixels = stored.flatten(1, 2)
+    chosen = pixels.gather(1, places[..., None].expand(-1, -1, stored.shape[3]))
+    return chosen.float().view(stored.shape)
+
+
+def turned_one_by_one(stored: Tensor, codes: Tensor) -> Tensor:
     """(B, p, p, C) of any type -> float32, each sample turned by its code."""
-    if stored.is_cpu:
-        turned = _buffer(tuple(stored.shape), "float32")
-    else:
-        turned = torch.empty_like(stored, dtype=torch.float32)
-    for i, code in enumerate(codes):
+    turned = _buffer(tuple(stored.shape), "float32")
+    for i, code in enumerate(codes.tolist()):
         flipped = dihedral(stored[i], code & 3)
         if code & 4:  # converted apart: a copy that transposes too converts one by one
             turned[i].copy_(flipped.float().transpose(0, 1))
@@ -227,7 +280,7 @@ def _turned(stored: Tensor, codes: list[int]) -> Tensor:
 def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """RGB (B, 3, p, p), normalised, and cube (B, bands, p, p), both float32, augmented alike, on
     `device`; channels_last, as they are stored."""
-    codes = batch.augment.tolist()
+    codes = batch.augment
     # They go over as stored, which is smaller, and grow there.
     rgb = batch.rgb.to(device, non_blocking=True)
     cube = batch.cube.to(device, non_blocking=True)
@@ -235,8 +288,9 @@ def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[
     if rgb.dtype == torch.uint16:  # torch turns few of these on every device, but converts all
         rgb = rgb.float()
     low, high = ranges[:, 0, None, None, None], ranges[:, 1, None, None, None]
-    rgb = normalise_rgb(_turned(rgb, codes), "per_image", low, high)
-    return rgb.permute(0, 3, 1, 2), _turned(cube, codes).permute(0, 3, 1, 2)
+    turn = turned_one_by_one if rgb.is_cpu else turned_by_gather
+    rgb = normalise_rgb(turn(rgb, codes), "per_image", low, high)
+    return rgb.permute(0, 3, 1, 2), turn(cube, codes).permute(0, 3, 1, 2)
 
 
 class TrainLoader:
@@ -255,7 +309,7 @@ class TrainLoader:
         self.positions: list[tuple[int, int]] = []
         workers = config.num_workers
         if workers < 0:
-            workers = 2 if torch.cuda.is_available() else 0
+            workers = 2 if config.on_gpu else 0
         in_ram = bool(dataset.scenes.frames)
         if in_ram and "fork" not in torch.multiprocessing.get_all_start_methods():
             workers = 0  # a spawned worker would copy all scenes
@@ -267,10 +321,17 @@ class TrainLoader:
             persistent_workers=workers > 0,
             worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # else each pass would draw from the model's
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=config.on_gpu,
             multiprocessing_context="fork" if in_ram and workers else None,
         )
         self.set_position(0)
+
+    def start_workers(self) -> None:
+        """Fork the loader's workers now, before NCCL has threads, which a fork does not survive."""
+        if self.loader.num_workers:
+            to_come, self.positions[:] = list(self.positions), []
+            iter(self.loader)
+            self.positions[:] = to_come
 
     def set_position(self, epoch: int, iteration: int = 0) -> None:
         """Where the next iteration starts; `iteration` batches of the epoch are left out."""
@@ -341,8 +402,9 @@ class ValLoader:
             frame = self.scenes.arrays(scene)
             # Copies, as maps cannot be written to: (H, W, C) -> (1, C, H, W), channels_last.
             cube = torch.from_numpy(np.array(frame.cube, order="C")).permute(2, 0, 1)[None]
-            rgb = torch.from_numpy(np.array(frame.rgb, order="C")).permute(2, 0, 1)[None]
-            rgb = normalise_rgb(rgb, self.rgb_norm, *frame.rgb_range)
+            light, low, high = decode_light(frame.rgb, *frame.rgb_range, self.rgb.encoding)
+            rgb = torch.from_numpy(np.array(light, order="C")).permute(2, 0, 1)[None]
+            rgb = normalise_rgb(rgb, self.rgb_norm, low, high)
             yield ValScene(self.scenes.names[scene], rgb, cube.float())
 
 
@@ -375,7 +437,26 @@ def train_loader(config: DataConfig) -> TrainLoader:
         scenes.into_ram(dtype, copies=ranks_here)
     elif isinstance(scenes, RawScenes):
         scenes.check_lazy()
-    return TrainLoader(PatchDataset(scenes, config), config)
+    return TrainLoader(PatchDataset(scenes, config, _mixed_patches(scenes, config)), config)
+
+
+def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
+    """The patches of `mix_root`, if any. UserError where its scenes are not of the same kind."""
+    if config.mix_root is None:
+        return None
+    other = DataConfig(**{field.name: getattr(config, field.name) for field in fields(DataConfig)})
+    other.data_root, other.mix_root = config.mix_root, None
+    mixed = train_loader(other).dataset
+    for what, mine, theirs in (
+        ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
+        ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2]),
+        ("type of cubes", scenes.dtype, mixed.scenes.dtype),
+    ):
+        if mine != theirs:
+            raise UserError(
+                f"--mix_root {config.mix_root}: differs from {config.data_root} in its {what}"
+            )
+    return mixed
 
 
 def val_loader(config: DataConfig) -> ValLoader:

@@ -13,16 +13,19 @@ import json
 import math
 import mmap
 import os
+import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common_utils_v32 import Ranks, UserError, atomic_write, free_memory, write_json
+from camera_colour import SRGB
+from common_utils_v32 import UserError, atomic_write, read_json, write_json
+from compute_devices import Ranks, free_memory
 from cube_files import (
     CUBE_SUFFIXES,
     RGB_SUFFIXES,
@@ -31,11 +34,13 @@ from cube_files import (
     check_cube,
     check_wavelengths,
     find_stored_cube,
+    is_system_file,
     read_cube,
     read_rgb,
     read_wavelengths,
     read_window,
     reading,
+    scene_name,
 )
 from file_claims import open_image
 
@@ -65,9 +70,9 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
             f"{root}: no Train_Spec folder in it; "
             "give the ARAD-1K folder with Train_Spec and Train_RGB"
         )
-    cubes = _by_stem(root / "Train_Spec", CUBE_SUFFIXES)
-    images = _by_stem(root / "Train_RGB", RGB_SUFFIXES)
-    tests = _by_stem(root / "Test_RGB", RGB_SUFFIXES)
+    cubes = _by_name(root / "Train_Spec", CUBE_SUFFIXES)
+    photos = _by_scene(_by_name(root / "Train_RGB", RGB_SUFFIXES).values(), cubes)
+    tests = _by_name(root / "Test_RGB", RGB_SUFFIXES)
     train_list = root / "split_txt" / "train_list.txt"
     val_list = root / "split_txt" / "valid_list.txt"
     val = read_split_list(val_list) if val_list.exists() else []
@@ -81,7 +86,8 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
 
     def scene(name: str) -> Scene:
         absent = root / "Train_Spec" / f"{name}.mat"
-        return Scene(name, cubes.get(name, absent), images.get(name))
+        photo = _only(photos.get(name.lower(), []), name)
+        return Scene(name, cubes.get(name, absent), photo)
 
     return {
         "train": [scene(name) for name in sorted(train)],
@@ -132,17 +138,75 @@ def check_inside(root: Path, name: Any, source: Path) -> None:
             raise UserError(f"{path}: a link that somebody else made; remove it, stage again")
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files by scene name; of two suffixes for one scene the first of `suffixes` wins."""
     found: dict[str, Path] = {}
     if not folder.is_dir():
         return found
-    files = sorted(folder.iterdir())
+    files = sorted(path for path in folder.iterdir() if not is_system_file(path))
     for suffix in reversed(suffixes):
         for path in files:
             if path.suffix.lower() == suffix:
-                found[path.stem] = path
+                found[scene_name(path)] = path
     return found
+
+
+def find_folder_scenes(root: Path, leave_out: Sequence[Path] = ()) -> list[Scene]:
+    """The cubes in a folder but for those to leave out, each with the image of its name anywhere
+    below. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and
+    <scene>_RGB.bmp."""
+    apart = [path.resolve() for path in leave_out]
+    cubes: dict[str, list[Path]] = {}
+    for path in root.iterdir():
+        if is_system_file(path) or path.resolve() in apart:
+            continue
+        band_folder = path.is_dir() and any(path.rglob("*_01.png"))
+        if band_folder or path.suffix.lower() in CUBE_SUFFIXES:
+            cubes.setdefault(scene_name(path).removesuffix("_ms"), []).append(path)
+    photos = _by_scene(_files_below(root), cubes)
+    scenes = []
+    for name in sorted(cubes):
+        cube = _only(cubes[name], name)
+        assert cube is not None
+        # A link to a scene may have another name than what it leads to.
+        real = scene_name(cube.resolve()).removesuffix("_ms").lower()
+        photo = _only(photos.get(name.lower()) or photos.get(real, []), name)
+        scenes.append(Scene(name, cube, photo))
+    return scenes
+
+
+def _only(paths: list[Path], name: str) -> Path | None:
+    """The one file of a scene, if any; links to it are no second one."""
+    files = {path.resolve(): path for path in sorted(paths, reverse=True)}
+    if len(files) > 1:
+        first, second, *_ = files.values()
+        raise UserError(f"{first} and {second} are both scene {name}; rename or remove one")
+    return next(iter(files.values()), None)
+
+
+def _by_scene(files: Iterable[Path], scenes: Iterable[str]) -> dict[str, list[Path]]:
+    """The photos among files by scene in small letters: that of their name, else without what CAVE
+    and NTIRE 2020 add, _RGB, _clean and _RealWorld."""
+    known = {scene.lower() for scene in scenes}
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        if path.suffix.lower() in RGB_SUFFIXES:
+            name = path.stem.lower()
+            if name not in known:
+                name = re.sub("_(rgb|clean|realworld)$", "", name)
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files in a folder and those in it, through links too, but for the systems' own."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        entered = [] if real in seen else sorted(folders)
+        folders[:] = [name for name in entered if not is_system_file(Path(name))]
+        seen.add(real)
+        yield from (Path(folder, name) for name in files if not is_system_file(Path(name)))
 
 
 class RgbFacts(NamedTuple):
@@ -295,13 +359,25 @@ class StagedScenes(Scenes):
         return Frame(cube, rgb, tuple(entry["rgb_range"]))
 
 
+def synthetic_camera(root: Path) -> str | None:
+    """The camera of the photos of a synthetic raw folder; None in any other folder."""
+    facts = root / "synthetic.json"
+    return read_json(facts).get("camera") if facts.exists() else None
+
+
+def encoding_of(camera: str | None) -> str:
+    """How the photos that `camera` is known to make are encoded."""
+    return "srgb" if camera == SRGB else "linear"
+
+
 class RawScenes(Scenes):
     """A split of a raw ARAD-1K folder. A patch is one hyperslab of its HDF5 file."""
 
     def __init__(self, root: Path, split: str, key: str | None, axes: str | None) -> None:
         self.key = key
         self.axes = axes
-        self.rgb = RgbFacts()
+        camera = synthetic_camera(root)
+        self.rgb = RgbFacts(encoding=encoding_of(camera), camera=camera)
         self.names, self.shapes, self.wavelengths = [], [], []
         self.bands = 0
         self.cube_paths: list[Path] = []

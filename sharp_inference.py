@@ -1,5 +1,6 @@
 """RGB images in, hyperspectral cubes out; or a checkpoint scored on a data set.
 
+    python sharp_inference.py --input photo.jpg --output photo.npy       # the weights that ship
     python sharp_inference.py --checkpoint best.ckpt --input photo.png --output outputs/photo.npy
     python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output outputs \
         --format envi --preview
@@ -19,11 +20,11 @@ is one line and exit code 2; the other inputs of a batch are still done.
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import tokenize
@@ -37,24 +38,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import common_utils_v32 as common
-from checkpoint_files import save_weights
+from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
+from compute_devices import Ranks, init_process_group, prepare_cuda
 from cube_files import (
     WRITTEN,
     allocate_array,
-    extra,
-    read_photo,
+    is_system_file,
     release,
     write_cube,
 )
+from evaluation_report import write_report
 from frame_prediction import (
     FACTORIES,
     MAX_TILE,
     MIN_SIDE,
+    SHIPPED_WEIGHTS,
     Loaded,
     LoadOptions,
     PredictionOptions,
@@ -64,7 +66,10 @@ from frame_prediction import (
     peak_bytes,
     predict,
 )
-from optimized_dataloader import DataConfig, ValScene, normalise_rgb, val_loader
+from model_export import export
+from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
+from photo_files import IMAGE_SUFFIXES, NOT_READ, read_photo
+from round_trip import check_rgb
 from spectral_evaluation import (
     STRESS,
     laplace_calibration,
@@ -77,7 +82,6 @@ from spectral_evaluation import (
     write_preview,
 )
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above, refuses twice this
 # What decoders raise for a file that they cannot read.
 UNREADABLE = (
@@ -94,8 +98,6 @@ UNREADABLE = (
 )
 HALF_A_BAND = 5  # nm, of ARAD-1K: how far wavelengths of model and data may differ
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
-EXPORT_SIDE = 256  # px, of the frame that the ONNX file is for
-EXPORT_TOLERANCE = 1e-3  # between ONNX Runtime's output and torch's, relative to the largest value
 
 files, computing, scoring = (
     partial(opt, group=group) for group in ("files", "computing", "scoring")
@@ -107,15 +109,19 @@ class Settings:
     """The command line; dashes and underscores are both accepted."""
 
     checkpoint: list[str] = files(
-        [], ".ckpt, .pth or .safetensors; NAME=FILE names it; several are compared"
+        [],
+        ".ckpt, .pth or .safetensors; NAME=FILE names it; several are compared; for --input the "
+        "weights that ship, for sRGB photos, unless given",
     )
-    input: list[str] = files([], "images, folders, globs; .npy (H, W, 3) uint8 too")
+    input: list[str] = files([], "images, folders, globs; .npy (H, W, 3) too")
     output: str | None = files(None, "a file for one input, else a folder")
     format: str | None = files(
         None, "of cubes; default by the suffix of --output, else npy", choices=tuple(WRITTEN)
     )
     preview: bool = files(False, "write sRGB, band montage and spectra beside each cube, as PNG")
+    check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
+    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
     device: str = computing("auto", "auto, cpu, cuda or cuda:N")
     patch_size: int | None = computing(
@@ -138,6 +144,9 @@ class Settings:
     model_options: str = computing("{}", "with --model: other fields of its configuration, as JSON")
     rgb_norm: str | None = computing(
         None, "for a checkpoint that does not say", choices=("per_image", "unit")
+    )
+    rgb_encoding: str | None = computing(
+        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
     )
     mst_root: str | None = computing(None, "a checkout of MST++, for its .pth files")
     evaluate: bool = scoring(False, "score the scenes of a split")
@@ -169,7 +178,9 @@ class Settings:
     def _check_what_to_do(self) -> None:
         scores = self.evaluate or self.stress
         if not self.checkpoint:
-            raise ValueError("--checkpoint is missing")
+            if scores or self.export:
+                raise ValueError("--checkpoint is missing")
+            self.checkpoint = [str(SHIPPED_WEIGHTS)]
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
         if (self.input or scores) and not self.output:
@@ -189,17 +200,37 @@ class Settings:
 # --- images
 
 
-def photo_source(rgb: np.ndarray, rgb_norm: str) -> tuple[Source, int, int]:
-    """A reader of tiles of rgb (H, W, 3) in the training normalisation, and its range: the whole
-    image's, never a tile's."""
+def photo_source(
+    rgb: np.ndarray, rgb_norm: str, encoding: str = "linear"
+) -> tuple[Source, int, int]:
+    """A reader of tiles of rgb (H, W, 3) in linear light and in the training normalisation, and its
+    range: the whole image's, never a tile's."""
     low, high = int(rgb.min()), int(rgb.max())
 
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
-        tile = torch.from_numpy(np.array(rgb[y0:y1, x0:x1])).permute(2, 0, 1)
+        light, dark, bright = decode_light(np.array(rgb[y0:y1, x0:x1]), low, high, encoding)
         release(rgb)
-        return normalise_rgb(tile, rgb_norm, low, high)
+        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), rgb_norm, dark, bright)
 
     return source, low, high
+
+
+def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """A photo's cube (bands, H, W) float32 and its wavelengths in nm.
+
+    rgb: (H, W, 3) uint8 or uint16 as a file holds it, in the encoding of the model's training
+    (`model.encoding`). ValueError for any other array."""
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}")
+    height, width = rgb.shape[:2]
+    source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
+
+    def allocate(bands: int) -> np.ndarray:
+        return np.empty((bands, height, width), np.float32)
+
+    options = PredictionOptions()
+    cube, _ = predict(model, source, (height, width), options, allocate, channels=model.bands)
+    return cube, model.wavelengths
 
 
 def find_inputs(patterns: list[str]) -> list[Path]:
@@ -208,8 +239,14 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     inputs: list[Path] = []
     for pattern in map(Path, patterns):
         if pattern.is_dir():
-            names = sorted(pattern.iterdir())
+            names = sorted(path for path in pattern.iterdir() if not is_system_file(path))
+            names = [path for path in names if not is_system_file(path)]
             found = [path for path in names if path.name.lower().endswith(IMAGE_SUFFIXES)]
+            others = [path.name for path in names if path.suffix.lower() in NOT_READ]
+            if others:
+                print(f"{pattern}: not read: {', '.join(others)}", file=sys.stderr)
+            if not found:
+                raise UserError(f"{pattern}: no image in it ({' '.join(IMAGE_SUFFIXES)})")
         elif pattern.exists():
             found = [pattern]
         else:
@@ -221,7 +258,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
     """Where each cube goes, and its format: `output` itself when it names a cube file, else
     <output>/<name of the image>."""
-    kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi"}
+    kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi", ".tiff": "tiff"}
     named = None if output.is_dir() else kinds.get(output.suffix.lower())
     if named and (len(inputs) > 1 or kind not in (None, named)):
         raise UserError(
@@ -245,33 +282,51 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
     prefix = common.temporary_prefix("inference")
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
         work = Path(folder)
-        rgb, remarks = read_photo(path, work)
-        source, low, high = photo_source(rgb, model.rgb_norm)
-        height, width = rgb.shape[:2]
-        with progress(height * width, path.name) as bar:
-            cube, patch = predict(
-                model,
-                source,
-                (height, width),
-                args.prediction,
-                lambda bands: allocate_array((bands, height, width), np.float32, work),
-                channels=model.bands,
-                tick=bar.update,
+        rgb, remarks, ordinary = read_photo(path, work)
+        if ordinary and model.encoding == "linear":
+            remarks.append(
+                f"WARNING: {ordinary}, so it is sRGB, and this checkpoint was trained on linear "
+                "light; use one that was trained on sRGB"
             )
+        source, low, high = photo_source(rgb, model.rgb_norm, model.encoding)
+        height, width = rgb.shape[:2]
+
+        def predicted() -> tuple[np.ndarray, int]:
+            with progress(height * width, path.name) as bar:
+                return predict(
+                    model,
+                    source,
+                    (height, width),
+                    args.prediction,
+                    lambda bands: allocate_array((bands, height, width), np.float32, work),
+                    channels=model.bands,
+                    tick=bar.update,
+                )
+
+        cube, patch = predicted()
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
             points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
             write_preview(target.with_suffix(""), cube, model.wavelengths, points)
-    seconds = time.perf_counter() - start
+        if args.check_rgb:
+            light = source(0, height, 0, width).permute(1, 2, 0).numpy()
+            name = target.with_name(f"{target.stem}_round_trip.png")
+            picture = name if args.preview else None
+            remarks.append(check_rgb(model, light, cube, lambda: predicted()[0], picture))
     if min(height, width) < MIN_SIDE:
         remarks.append(f"mirrored up to {MIN_SIDE} px")
-    norm = "unit, /255"
-    if model.rgb_norm == "per_image":
-        norm = f"per_image, {low}..{high} of the whole image to 0..1"
+    seconds = time.perf_counter() - start
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
     what = f"{path} -> {target} {(model.bands, height, width)}"
-    return "; ".join([what, f"RGB {norm}", *remarks, how, speed])
+    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed])
+
+
+def _normalised(model: Loaded, low: int, high: int) -> str:
+    """How the RGB was read, in words."""
+    if model.rgb_norm == "per_image":
+        return f"{model.encoding}, per_image, {low}..{high} of the whole image to 0..1"
+    return f"{model.encoding}, unit"
 
 
 def progress(pixels: int, name: str) -> Any:
@@ -296,7 +351,7 @@ def chosen_points(args: Settings) -> list[tuple[int, int]]:
     return points
 
 
-def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
+def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
     """Each rank its share of the inputs. What fails is listed when the others are done."""
     inputs = find_inputs(args.input)
     targets, kind = output_paths(inputs, Path(args.output or "."), args.format)
@@ -325,7 +380,7 @@ def run_images(model: Loaded, args: Settings, ranks: common.Ranks) -> None:
 # --- evaluation
 
 
-def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
+def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
     """Score every model on the split, each rank its share of the scenes; rank 0 writes what
     concerns all of them."""
     output = Path(args.output or ".")
@@ -345,10 +400,12 @@ def evaluate(models: list[Loaded], args: Settings, ranks: common.Ranks) -> None:
             stress += rows
     if ranks.is_main:
         report(summaries, stress, output)
+        if args.report:
+            print(f"look at {write_report(output, summaries, folders, stress)}")
 
 
 def evaluate_one(
-    model: Loaded, folder: Path, args: Settings, ranks: common.Ranks
+    model: Loaded, folder: Path, args: Settings, ranks: Ranks
 ) -> tuple[dict | None, list[dict]]:
     """One model's summary (on rank 0, else None) and its rows of the stress report."""
     config = DataConfig(
@@ -361,7 +418,7 @@ def evaluate_one(
     loader = val_loader(config)
     check_bands(model, loader.wavelengths, args.data_root)
     if ranks.is_main:
-        for part in ("metrics", "hsi", "cubes"):
+        for part in ("metrics", "hsi", "cubes", "photos", "scale"):
             shutil.rmtree(folder / part, ignore_errors=True)
     ranks.gather(None)  # the others write when that is done
     mine, peak = [], 0
@@ -434,6 +491,10 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
     measured = target.clamp(0, 1).contiguous().numpy()
     write_cube(folder / "hsi" / f"{name}.npy", clamped, model.wavelengths, "npy")
     write_cube(folder / "hsi" / f"{name}_target.npy", measured, model.wavelengths, "npy")
+    save_picture(folder / "photos" / f"{name}.jpg", scene.rgb[0])
+    if len(out) > model.bands:
+        scale = out[model.bands :].contiguous().numpy()
+        write_cube(folder / "scale" / f"{name}.npy", scale, model.wavelengths, "npy")
     if args.format == "mat":
         write_cube(folder / "cubes" / f"{name}.mat", clamped, model.wavelengths, "mat")
     stress = {}
@@ -446,6 +507,13 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
         "reliability": reliability,
         "stress": stress,
     }
+
+
+def save_picture(path: Path, rgb: Tensor) -> None:
+    """Linear RGB (3, H, W) in [0, 1] as a JPEG to look at."""
+    picture = encode_srgb(rgb.permute(1, 2, 0).clamp(0, 1).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(path, quality=90)
 
 
 def score_stressed(model: Loaded, scene: ValScene, args: Settings) -> dict[str, dict]:
@@ -483,96 +551,23 @@ def describe(model: Loaded, args: Settings) -> dict:
     }
 
 
-# --- export
-
-
-def export(model: Loaded, args: Settings) -> None:
-    """Safetensors, configuration, model card, and an ONNX file of one input size, held against
-    torch's output."""
-    folder, side = Path(args.export or "."), args.patch_size or EXPORT_SIDE
-    module = model.module.cpu()
-    save_weights(
-        folder / "model.safetensors",
-        module.state_dict(),
-        model.kind,
-        model.config,
-        model.data,
-        averaged=model.weights == "ema",
-    )
-    difference, failure = export_onnx(model, folder / "model.onnx", side)
-    facts = {
-        "model": model.kind,
-        "weights": f"{model.weights} of {Path(model.path).name}",
-        "rgb_norm": model.rgb_norm,
-        "input": "(B, 3, H, W) float32 RGB: per_image = (x - min) / (max - min) of the whole "
-        "image, unit = x / 255",
-        "least_side": MIN_SIDE,
-        "wavelengths": model.wavelengths,
-        "output": f"(B, {model.bands}, H, W) float32",
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "model_config": model.config,
-        "data": model.data,
-        "onnx_input": [1, 3, side, side],
-        "onnx_difference": difference,
-    }
-    common.write_json(folder / "config.json", facts)
-    common.write_text(folder / "README.md", model_card(model, facts))
-    if failure:
-        raise UserError(failure)
-    print(
-        f"{folder}: model.safetensors, config.json, README.md, model.onnx ({side} px, "
-        f"within {difference:.1e} of torch)"
-    )
-
-
-def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
-    """Write an ONNX file for frames of side x side; -> its largest difference to torch, and what is
-    wrong with it, if anything is."""
-    onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
-    example = torch.rand(1, 3, side, side)
-    try:
-        with torch.no_grad():
-            expected = tree_leaves(model.module(example))[0].numpy()
-            torch.onnx.export(
-                model.module,
-                (example,),
-                file,
-                input_names=["rgb"],
-                external_data=False,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        reason = re.findall(">: (.+)", str(error))[:1]
-        return math.nan, f"{file}: not written, the other files are: {reason}"
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"rgb": example.numpy()})[0]
-    difference = float(np.abs(found - expected).max())
-    if difference <= EXPORT_TOLERANCE * max(1.0, np.abs(expected).max()):
-        return difference, ""
-    return difference, f"{file}: differs from torch by {difference:.2g}; do not use it"
-
-
-def model_card(model: Loaded, facts: dict) -> str:
-    lines = [f"- {key}: {value}\n" for key, value in facts.items()]
-    return (
-        f"# {model.name}: RGB to {model.bands} spectral bands\n\n{''.join(lines)}\n"
-        "Three channels do not determine a spectrum: trust this for cameras, light and scenes like "
-        "those of its training data.\n\n"
-        "    python sharp_inference.py --checkpoint model.safetensors --input photo.jpg "
-        "--output photo.npy\n"
-    )
+def _place(model: Loaded) -> str:
+    """Where a model comes from, in words."""
+    if Path(model.path) == SHIPPED_WEIGHTS:
+        return "the weights that ship, trained on synthetic sRGB photos"
+    return model.path
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = common.parse_dataclass(Settings, argv, __doc__.split("\n")[0])
-    common.set_default_environment()
-    ranks, device = common.init_process_group(args.device)
+    args = common.parse_dataclass(Settings, argv, __doc__)
+    prepare_cuda()
+    ranks, device = init_process_group(args.device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     models = [load_model(spec, device, args.loading) for spec in args.checkpoint]
     for model in models if ranks.is_main else []:
         nm = model.wavelengths
         print(
-            f"{model.name}: {model.path}, {model.kind}, {model.weights} weights, "
+            f"{model.name}: {_place(model)}, {model.kind}, {model.weights} weights, "
             f"rgb_norm {model.rgb_norm}, {model.bands} bands {nm[0]:g}..{nm[-1]:g} nm, on {device}"
         )
     if len({model.name for model in models}) < len(models):
@@ -582,7 +577,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.input:
         run_images(models[0], args, ranks)
     if args.export and ranks.is_main:
-        export(models[0], args)
+        export(models[0], Path(args.export), args.patch_size)
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common_utils_v32 as common
+import compute_devices as devices
 from checkpoint_files import load_weights, restoring, save_weights
-from common_utils_v32 import Ranks, UserError, opt
+from common_utils_v32 import UserError, opt
+from compute_devices import Ranks
+from frame_prediction import predict_frame
 from optimized_dataloader import (
     DataConfig,
     MSTPlusPlusLoss,
@@ -57,8 +59,10 @@ from training_runs import (
     check_progress,
     check_resumed_data,
     environment_record,
+    keeps_best,
     rng_state,
     set_rng_state,
+    start_weights,
 )
 
 MODEL = "sharp"
@@ -120,7 +124,7 @@ class TrainConfig(DataConfig):
     )
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
     deterministic: bool = opt(
-        False, "deterministic CUDA kernels; a warning names those that are not", group="speed"
+        False, "deterministic kernels alone, an error where there is none", group="speed"
     )
 
     val_interval: int = opt(1, "epochs between validations", group="validation")
@@ -133,6 +137,9 @@ class TrainConfig(DataConfig):
     experiment_name: str = opt("", "folder of this run (default: sharp)", group="run")
     resume_from: str | None = opt(
         None, "checkpoint to go on from; `auto`: last.ckpt if any", group="run"
+    )
+    init_from: str | None = opt(
+        None, "weights to start a new run from, .ckpt or .safetensors", group="run"
     )
     log_interval: int = opt(50, "optimizer steps between log lines", group="run")
     save_minutes: float = opt(10.0, "minutes between saves inside an epoch", group="run")
@@ -176,38 +183,6 @@ def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
     return cfg.eta_min + 0.5 * (cfg.lr - cfg.eta_min) * (1 + math.cos(math.pi * progress))
 
 
-def precision(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The autocast type, or None for float32."""
-    if not cfg.use_amp:
-        return None
-    if cfg.amp_dtype == "bf16":
-        return torch.bfloat16
-    if cfg.amp_dtype == "fp16":
-        return torch.float16
-    if device.type == "cpu":  # auto: bfloat16 is slow there
-        return None
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
-
-
-def compile_in_place(network: nn.Module, cfg: TrainConfig, device: torch.device) -> bool:
-    """Compile without changing the state dict's keys; True when it is on."""
-    wanted = cfg.compile_model
-    if wanted is None:
-        wanted = device.type == "cuda" or cfg.compile_mode is not None
-    if not wanted:
-        return False
-    if not common.find_compiler():
-        if cfg.compile_model:
-            raise UserError(
-                "--compile_model needs a C++ compiler: install g++ or give --no-compile_model"
-            )
-        print("no C++ compiler found: going on without torch.compile", file=sys.stderr)
-        return False
-    network.compile(mode=cfg.compile_mode)
-    return True
-
-
 class Run:
     """One training run: what it trains, how far it is, and the loop."""
 
@@ -217,12 +192,15 @@ class Run:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
         self.stop = StopSignal()
         resume, state = folder.resume(cfg.resume_from)
-        ranks.agree(
-            (str(resume), state.get("step") if state else 0), "the checkpoint to go on from"
-        )
 
         cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
+        cfg.on_gpu = device.type == "cuda"
         self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
+        cfg.mix_until = cfg.epochs * len(self.train_loader)
+        self.train_loader.start_workers()
+        ranks.join(device)
+        found = (str(resume), state.get("step") if state else 0)
+        ranks.agree(found, "the checkpoint to go on from")
         self.say(f"data: {self.train_loader.describe()}")
         self.iterations = len(self.train_loader)  # batches of an epoch
         self.steps_per_epoch = math.ceil(self.iterations / cfg.accumulate_steps)
@@ -264,15 +242,15 @@ class Run:
             load_weights(model, state["state_dict"], resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
-            model.fit_spectral_path(rgb.to(device), cube.to(device))
+            rgb, cube = rgb.to(device), cube.to(device)
+            self.say(start_weights(model, MODEL, cfg.init_from, rgb, cube, self.loss_fn))
         if cfg.use_channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network: nn.Module = model
         if self.ranks.world_size > 1:
-            device_ids = [device] if device.type == "cuda" else None
-            network = DistributedDataParallel(model, device_ids=device_ids)
-        self.compiled = compile_in_place(network, cfg, device)
-        self.amp = precision(cfg, device)
+            network = devices.distribute(model, device)
+        self.amp = devices.autocast_type(cfg.use_amp, cfg.amp_dtype, device)
+        self.compiled = self.compile(network)
         self.engine = SHARPv32Trainer(
             network,
             self.loss_fn,
@@ -288,6 +266,21 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.engine.optimizer,
             lambda step: learning_rate(step, cfg, self.steps_per_epoch) / cfg.lr,
+        )
+
+    def compile(self, network: nn.Module) -> bool:
+        """Compile the network where it is asked for, or pays, and works."""
+        cfg, wanted = self.cfg, self.cfg.compile_model
+        if wanted is None and cfg.compile_mode is not None:
+            wanted = True
+        shape = (cfg.batch_size, 3, cfg.patch_size, cfg.patch_size)
+        return devices.compile_in_place(
+            network,
+            self.device,
+            self.ranks,
+            lambda: devices.trial_step(network, shape, self.device, self.amp),
+            wanted=wanted,
+            mode=cfg.compile_mode,
         )
 
     def create(self) -> SHARPv32:
@@ -357,8 +350,8 @@ class Run:
             return STOPPED
         if self.ranks.is_main:
             self.write_summary(time.monotonic() - start)
-        best = self.folder.checkpoints / "best.ckpt"
-        self.say(f"done: best crop MRAE {self.best:.4f} in {best}")
+        best = f"best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}"
+        self.say(f"done: {best if math.isfinite(self.best) else 'no validation gave a number'}")
         return 0
 
     def train_epoch(self) -> bool:
@@ -409,7 +402,7 @@ class Run:
         loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
         now, (then, iteration) = time.monotonic(), self.logged
         patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
-        speed, memory = patches / (now - then), common.memory_gb(self.device)
+        speed, memory = patches / (now - then), devices.memory_gb(self.device)
         values = {"epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr}
         values |= {"grad_norm": self.norm.item(), "patches_per_second": speed}
         self.log.write("train", self.step, values | {"memory_gb": memory})
@@ -423,7 +416,7 @@ class Run:
         due = time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes
         if self.ranks.world_size > 1 and self.step % AGREE_EVERY:
             return False, False
-        stop, save = self.ranks.any(self.stop.requested, due, device=self.device)
+        stop, save = self.ranks.any(self.stop.requested, due)
         return stop, save
 
     # --- validation
@@ -436,7 +429,7 @@ class Run:
         if not due or self.validated >= self.epoch:
             return True
         scores = self.score_scenes()
-        if self.ranks.any(self.stop.requested, device=self.device)[0]:
+        if self.ranks.any(self.stop.requested)[0]:
             return False
         self.metrics = validation_record(self.ranks.gather_lists(scores))
         self.validated = self.epoch
@@ -466,9 +459,8 @@ class Run:
                 break
             eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
             with eager:
-                output = model(scene.rgb.to(self.device))
-            pred = output[0] if isinstance(output, tuple) else output
-            cube = scene.cube.to(self.device)
+                pred = predict_frame(model, scene.rgb, self.device)
+            cube = scene.cube.to(pred.device)
             metrics = scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)
             if self.ranks.is_main and not scores:
                 rgb, pred, cube = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
@@ -523,7 +515,7 @@ class Run:
             "settings": self.settings,
             "model": dataclasses.asdict(self.engine.model.config),
             "data": self.data_facts,
-            "environment": environment_record(),
+            "environment": environment_record(self.device),
             "steps": self.step,
             "best_mrae": self.best,
             "best": self.best_metrics,
@@ -545,23 +537,20 @@ class Run:
             set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
-        for key in ("metric_floor", "val_crop_border"):
-            if state["settings"][key] != getattr(cfg, key):  # the best is of another measure
-                self.best, self.best_metrics = math.inf, {}
+        if not keeps_best(state["settings"], cfg, self.folder):
+            self.best, self.best_metrics = math.inf, {}
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
         self.say(f"resumed: {path} at {place}")
 
 
 def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
-    common.set_default_environment()
-    ranks, device = common.init_process_group(cfg.device)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # A few operators have no deterministic kernel: a warning names them.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
-    code = run.train()
+    devices.prepare_cuda(cfg.deterministic)
+    ranks = Ranks.announced()
+    device = devices.resolve_device(cfg.device, ranks.local_rank)
+    with devices.errors_in_one_line(device):
+        run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
+        code = run.train()
     ranks.leave()
     return code
 

@@ -54,10 +54,10 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {"base_dim": 64, "depths": (2, 2, 2), "heads": (1, 2, 4)},
-    "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (2, 2, 4)},
-    "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (2, 4, 6)},
-    "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (3, 4, 8)},
+    "tiny": {"base_dim": 64, "depths": (2, 2, 2), "heads": (1, 1, 2)},
+    "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (1, 3, 2)},
+    "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (1, 4, 6)},
+    "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (1, 4, 8)},
 }
 LEVEL_WIDTHS = (1.0, 1.75, 2.75, 3.5)  # of base_dim, at 1/2, 1/4, 1/8 and 1/16 of the resolution
 KEY_RBF_MODES = ("linear", "mean", "none")
@@ -76,7 +76,7 @@ class SHARPv32Config:
     depths: tuple[int, ...] = _model(
         (2, 2, 2), "blocks of each level; a decoder has one less, at least 1"
     )
-    heads: tuple[int, ...] = _model((1, 2, 4), "attention heads of each branch, by level")
+    heads: tuple[int, ...] = _model((1, 1, 2), "attention heads of each branch, by level")
     mlp_ratios: tuple[float, ...] = _model(
         (2.0, 2.0, 2.0), "hidden width of an MLP over its input's"
     )
@@ -134,10 +134,11 @@ class SHARPv32Config:
 
     @property
     def dims(self) -> list[int]:
-        """Channels of each level, a multiple of 8 for each head of the two branches."""
+        """Channels of each level, a multiple of 8 for each head of each branch: fast in half
+        precision."""
         dims = []
         for share, heads in zip(LEVEL_WIDTHS, self.heads, strict=False):
-            step = 8 * heads
+            step = 16 * heads
             dims.append(max(1, round(self.base_dim * share / step)) * step)
         return dims
 
@@ -179,9 +180,12 @@ class RBFProjection(nn.Module):
             start = torch.randn(width, centers) / math.sqrt(width)
             self.mix = nn.Parameter(start.repeat(heads, 1, 1))
 
-    def features(self, x: Tensor) -> Tensor:
-        distance = x.shape[-1] + self.centers.square().sum(1, keepdim=True) - 2 * x @ self.centers
-        return torch.exp(-distance.clamp_min(0) * self.log_gamma.exp())
+    def features(self, *xs: Tensor) -> list[Tensor]:
+        """Those of normalised vectors (B, h, N, D), for which |x - c|^2 = D + |c|^2 - 2 x.c."""
+        gamma = self.log_gamma.exp()
+        squares = self.centers.shape[1] + self.centers.square().sum(1, keepdim=True)
+        weight, offset = self.centers * (2 * gamma), gamma * squares
+        return [(x @ weight - offset).clamp_max(0).exp() for x in xs]
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(B, h, N, D) -> (B, h, N, centers), whose product is the score.
@@ -189,12 +193,15 @@ class RBFProjection(nn.Module):
         Both are normalised, or a few keys would win everywhere."""
         q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
         k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
+        if self.key_mode == "none":
+            (q,) = self.features(q)
+        else:
+            q, k = self.features(q, k)
         if self.key_mode == "mean":
-            queries, keys = self.features(q) * self.temperature, self.features(k)
-            return queries, keys.mean(-1, keepdim=True).expand_as(keys)
+            return q * self.temperature, k.mean(-1, keepdim=True).expand_as(k)
         if self.key_mode == "linear":
-            k = F.layer_norm(self.features(k), (self.size,))
-        queries = F.layer_norm(self.features(q), (self.size,)) * (self.temperature / self.size)
+            k = F.layer_norm(k, (self.size,))
+        queries = F.layer_norm(q, (self.size,)) * (self.temperature / self.size)
         return queries, k @ self.mix
 
 

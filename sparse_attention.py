@@ -8,6 +8,8 @@ Scores are computed tile by tile in buffers that are used again: never N x N in 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,10 +142,11 @@ def _score_tiles(
 def _kth_largest(scores: Tensor, keep: int) -> Tensor:
     """The keep-th largest score of each row, (..., 1).
 
-    On a CPU NumPy's partition takes a tenth of kthvalue's time."""
+    On a CPU NumPy's partition takes a tenth of the time; kthvalue on a GPU is not
+    deterministic."""
     index = scores.shape[-1] - keep
     if scores.device.type != "cpu":
-        return scores.kthvalue(index + 1, dim=-1, keepdim=True).values
+        return scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     work = scores.clone().numpy()
     work.partition(index, axis=-1)
     return torch.from_numpy(work[..., index : index + 1].copy())
@@ -214,59 +217,77 @@ def sparsemax(scores: Tensor) -> Tensor:
     return (scores - (total - 1) / support.sum(-1, keepdim=True)).clamp_min(0.0)
 
 
+@functools.lru_cache(maxsize=8)
+def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a tile's queries and keys, (1, 1, TILE^2, halo^2): 0 in a
+    query's window, MASKED elsewhere."""
+    with torch.inference_mode(False):  # a later call may need it for gradients
+        halo = torch.arange(TILE + side - 1, device=device)
+        offset = halo - torch.arange(TILE, device=device)[:, None]
+        near = (offset >= 0) & (offset < side)  # (TILE, halo): in the window, along one axis
+        near = near[:, None, :, None] & near[None, :, None, :]
+        zero = torch.zeros((), device=device, dtype=dtype)
+        return zero.where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
+
+
 class _LocalTiles:
     """Cuts images (BH, H, W, D) into tiles of TILE x TILE queries, whose keys are those pixels and
-    a border `reach` wide. A step is a few tiles in a row: only its strip is padded, no frame."""
+    a border `reach` wide. A step is some tiles of a row, or some rows of tiles, as many as the
+    budget of scores allows: only its part of the frame is padded."""
 
     def __init__(self, q: Tensor, side: int, off_frame: float) -> None:
         self.height, self.width = q.shape[1:3]
         self.off_frame = off_frame
         self.reach, self.halo = side // 2, TILE + side - 1
-        self.columns = -(-self.width // TILE)
+        self.rows, self.columns = -(-self.height // TILE), -(-self.width // TILE)
         budget = 2 * TILE_SCORES.get(q.device.type, TILE_SCORES["cuda"])
         scores_in_tile = q.shape[0] * TILE**2 * self.halo**2
-        self.per_step = max(1, min(self.columns, budget // scores_in_tile))
-        self.across = -(-self.columns // self.per_step)
-        self.steps = -(-self.height // TILE) * self.across
-        offset = torch.arange(self.halo, device=q.device)
-        offset = offset - torch.arange(TILE, device=q.device)[:, None]
-        near = (offset >= 0) & (offset < side)  # (TILE, halo): in the window, along one axis
-        near = near[:, None, :, None] & near[None, :, None, :]
-        self.window = q.new_zeros(()).where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
+        tiles = max(1, budget // scores_in_tile)
+        self.wide, self.high = min(self.columns, tiles), max(1, tiles // self.columns)
+        self.parts = -(-self.columns // self.wide)
+        self.steps = -(-self.rows // self.high) * self.parts
+        build = _window_scores.__wrapped__ if torch.compiler.is_exporting() else _window_scores
+        self.window = build(side, q.device, q.dtype)
 
-    def _place(self, step: int, reach: int) -> tuple[int, slice, slice, tuple[int, int, int, int]]:
-        """A step's tile count, the rows and columns of the frame that its strip covers, and the
-        padding around those: left, right, top, bottom."""
-        row, part = divmod(step, self.across)
-        top, left = row * TILE - reach, part * self.per_step * TILE - reach
-        tiles = min(self.per_step, self.columns - part * self.per_step)
-        bottom, right = top + TILE + 2 * reach, left + tiles * TILE + 2 * reach
+    def _place(
+        self, step: int, reach: int
+    ) -> tuple[tuple[int, int], slice, slice, tuple[int, int, int, int]]:
+        """A step's tiles down and across, the rows and columns of the frame that they cover, and
+        the padding around those: left, right, top, bottom."""
+        row, part = divmod(step, self.parts)
+        down = min(self.high, self.rows - row * self.high)
+        across = min(self.wide, self.columns - part * self.wide)
+        top, left = row * self.high * TILE - reach, part * self.wide * TILE - reach
+        bottom, right = top + down * TILE + 2 * reach, left + across * TILE + 2 * reach
         rows = slice(max(0, top), min(bottom, self.height))
         columns = slice(max(0, left), min(right, self.width))
         padding = (columns.start - left, right - columns.stop, rows.start - top, bottom - rows.stop)
-        return tiles, rows, columns, padding
+        return (down, across), rows, columns, padding
 
     def take(self, x: Tensor, step: int, reach: int) -> Tensor:
         """Tiles of pixels (reach 0) or of keys: (BH, tiles, side * side, D)."""
         _, rows, columns, padding = self._place(step, reach)
-        strip = F.pad(x[:, rows, columns], (0, 0, *padding))
-        tiles = strip.unfold(2, TILE + 2 * reach, TILE)  # BH, side, tiles, D, side
-        return tiles.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        size = TILE + 2 * reach
+        part = F.pad(x[:, rows, columns], (0, 0, *padding))
+        tiles = part.unfold(1, size, TILE).unfold(2, size, TILE)  # BH, down, across, D, size, size
+        return tiles.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
 
     def add(self, x: Tensor, value: Tensor, step: int, reach: int) -> None:
-        """Add such tiles to the frame x. Neighbours share the border, so they are added in pieces a
-        tile wide, of which no two overlap."""
-        tiles, rows, columns, (left, _, top, _) = self._place(step, reach)
+        """Add such tiles to the frame x. Neighbours share the border, so they are added in pieces
+        of a tile's size at most, of which no two overlap."""
+        (down, across), rows, columns, (left, _, top, _) = self._place(step, reach)
         size = TILE + 2 * reach
-        value = value.unflatten(2, (size, size))
-        strip = x.new_zeros(x.shape[0], size, (tiles - 1) * TILE + size, x.shape[3])
-        for shift in range(0, size, TILE):
-            piece = value[:, :, :, shift : shift + TILE]
-            width = piece.shape[3]
-            span = strip[:, :, shift : shift + (tiles - 1) * TILE + width]
-            span.unfold(2, width, TILE).permute(0, 2, 1, 4, 3).add_(piece)
+        value = value.unflatten(2, (size, size)).unflatten(1, (down, across))
+        below, right = (down - 1) * TILE, (across - 1) * TILE
+        part = x.new_zeros(x.shape[0], below + size, right + size, x.shape[3])
+        for y, z in itertools.product(range(0, size, TILE), repeat=2):
+            piece = value[:, :, :, y : y + TILE, z : z + TILE]
+            height, width = piece.shape[3:5]
+            span = part[:, y : y + below + height, z : z + right + width]
+            places = span.unfold(1, height, TILE).unfold(2, width, TILE)
+            places.permute(0, 1, 2, 4, 5, 3).add_(piece)
         frame = x[:, rows, columns]
-        frame += strip[:, top : top + frame.shape[1], left : left + frame.shape[2]]
+        frame += part[:, top : top + frame.shape[1], left : left + frame.shape[2]]
 
     def inputs(
         self, step: int, q: Tensor, k: Tensor, v: Tensor
@@ -280,7 +301,8 @@ class _LocalTiles:
             return q, k, v, self.window
         height, width = rows.stop - rows.start, columns.stop - columns.start
         frame = F.pad(k.new_ones(1, height, width, dtype=torch.bool), padding)
-        frame = frame.unfold(2, self.halo, TILE).transpose(1, 2).reshape(1, tiles, 1, -1)
+        frame = frame.unfold(1, self.halo, TILE).unfold(2, self.halo, TILE)
+        frame = frame.reshape(1, tiles[0] * tiles[1], 1, -1)
         bias = self.window.where(frame | (self.window < 0), self.off_frame)
         return q, k, v, bias
 

@@ -172,13 +172,13 @@ class SpectralAttention(nn.Module):
         """(B, H, W, dim) -> (B, dim, width): what attention over this frame does to its pixels."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.flatten(1, 2).to(wide)
-        q, k, v = rearrange(self.qkv.weight.to(wide), "(n h d) c -> n h d c", n=3, h=self.heads)
+        qkv = rearrange(self.qkv.weight.to(wide), "(n h d) c -> n h d c", n=3, h=self.heads)
+        qk, k, v = qkv[:2, None], qkv[1], qkv[2]
         with torch.autocast(x.device.type, enabled=False):  # sums over many pixels, in float32
             gram = (x.transpose(1, 2) @ x)[:, None]
-            q_gram, k_gram = q @ gram, k @ gram
-            q_norm = (q_gram * q).sum(-1).clamp_min(1e-12).sqrt()
-            k_norm = (k_gram * k).sum(-1).clamp_min(1e-12).sqrt()
-            cosine = q_gram @ k.mT / (q_norm[..., :, None] * k_norm[..., None, :])
+            qk_gram = qk @ gram  # 2, B, h, d, c
+            q_norm, k_norm = (qk_gram * qk).sum(-1).clamp_min(1e-12).sqrt()
+            cosine = qk_gram[0] @ k.mT / (q_norm[..., :, None] * k_norm[..., None, :])
             weights = (cosine * self.temperature).softmax(dim=-1)
             return rearrange(weights @ v, "b h d c -> b c (h d)")
 

@@ -1,13 +1,17 @@
-"""Synthetic scenes: cubes of 31 bands made of physical spectra, light, shapes and textures.
+"""Synthetic scenes: cubes of 31 bands made of measured and physical spectra, light, shapes and
+textures.
 
     cube = synthetic_cube(np.random.default_rng(0), 256, 256)      # (H, W, 31) float32 in [0, 1]
 
 Scenes are dead leaves (Lee, Mumford and Huang, IJCV 2001): opaque objects with radii by r^-3, so
 edges come at all scales. Reflectances are Kubelka and Munk's (1931): absorption over scattering K/S
-is a sum of pigments, so spectra are smooth, in (0, 1), on a curved manifold. A family of materials
-has its own texture: a leaf and a green plastic of the same RGB are told apart by their
-surroundings. The cube is radiance relative to a white in the brightest light, the same for all
-scenes, and so is the camera's exposure: brightness means something, and `unit` RGB keeps it.
+is a sum of pigments, or that of a measured sample, so spectra are smooth, in (0, 1), on a curved
+manifold. A family of materials has its own texture: a leaf and a green plastic of the same RGB are
+told apart by their surroundings. There are gradients, writing and lines, glints, dark scenes, and
+parts out of focus. The cube is radiance relative to a white in the brightest light, the same for
+all scenes, and so is the camera's exposure: brightness means something, and `unit` RGB keeps it.
+With `neutral` light the cube is reflectance times shading times exposure instead: a white in full
+light is the same in every band.
 """
 
 from __future__ import annotations
@@ -16,10 +20,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from camera_colour import Lobe, blackbody, sum_of_lobes
+from measured_spectra import (
+    DAYLIGHT,
+    LAMPS,
+    WAVELENGTHS,
+    measured_light,
+    measured_reflectances,
+)
 
-WAVELENGTHS = np.arange(400.0, 701.0, 10.0)
 MATERIALS = 48  # in a scene
 FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
 EXPOSURE = 1.4  # camera gain at which the mean over scenes is about 0.18 of full scale
@@ -78,6 +89,9 @@ FAMILIES = {
     ),
     "neutral": Family([], ["melanin", "haematite"], "mottle", 0.15, 0.05, (0.004, 14), (0.02, 0.5)),
 }
+# Chance that a material is a measured one, by family; living ones are mostly of our pigments.
+MEASURED = {"foliage": 0.15, "blossom": 0.15}
+USUALLY_MEASURED = 0.6
 # Shares of the families, in their order.
 OUTDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1)
 INDOOR = (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
@@ -100,6 +114,23 @@ def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
     return ks
 
 
+def measured_material(rng: np.random.Generator) -> np.ndarray:
+    """K/S of a measured sample, or of a mixture of two, faded or deepened."""
+    table = measured_reflectances()
+    first, second = rng.integers(0, len(table), 2)
+    ks = absorption(table[first])
+    if rng.random() < 0.45:
+        share = rng.uniform(0.1, 0.9)
+        ks = share * ks + (1 - share) * absorption(table[second])
+    return ks * np.exp(rng.normal(0, 0.4)) + np.exp(rng.uniform(np.log(5e-4), np.log(0.03)))
+
+
+def absorption(reflected: np.ndarray) -> np.ndarray:
+    """K/S whose `reflectance` it is."""
+    body = np.clip((reflected - FRESNEL) / (1 - FRESNEL), 2e-3, 0.999)
+    return (1 - body) ** 2 / (2 * body)
+
+
 def _varied(lobes: list[Lobe], rng: np.random.Generator) -> list[Lobe]:
     """A pigment's lobes, moved by some nm and a little wider or narrower."""
     varied: list[Lobe] = []
@@ -117,25 +148,43 @@ def reflectance(ks: np.ndarray) -> np.ndarray:
 
 
 def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Direct and ambient light, peak 1: sun and sky; or a lamp (tungsten, white LED) or a window,
+    """Direct and ambient light, peak 1: sun and sky, or a phase of daylight; or a lamp or a window,
     with some daylight."""
     if outdoor:
         direct = _blackbody_between(5000, 6000, rng)
+        if rng.random() < 0.5:
+            direct = measured_light(DAYLIGHT[rng.integers(len(DAYLIGHT))])
         tint = -rng.uniform(0.8, 2)
     else:
-        lamp = rng.choice(3, p=[0.3, 0.25, 0.45])
         tint = rng.uniform(0.1, 0.8)
         daylight = rng.uniform(0.08, 0.35)
-        blue: Lobe = (rng.uniform(0.5, 0.9), 452, 9, 12)
-        phosphor: Lobe = (1.0, rng.uniform(575, 590), 48, 60)
-        tungsten = _blackbody_between(2750, 3050, rng)
-        white_led = sum_of_lobes(WAVELENGTHS, [blue, phosphor])
-        window = _blackbody_between(5800, 6800, rng)
-        direct = [tungsten, white_led, window][lamp]
-        direct = (1 - daylight) * direct / direct.max()
+        direct = (1 - daylight) * _draw_lamp(rng)
         direct = direct + daylight * _blackbody_between(6000, 7000, rng)
     ambient = direct * (WAVELENGTHS / 550) ** tint
     return (direct / direct.max()).astype(np.float32), (ambient / ambient.max()).astype(np.float32)
+
+
+def _draw_lamp(rng: np.random.Generator) -> np.ndarray:
+    """A tungsten lamp, a window, a white LED, a CIE lamp of some kind: peak 1."""
+    kind = rng.choice(4, p=[0.25, 0.3, 0.1, 0.35])
+    if kind == 0:
+        return _blackbody_between(2750, 3050, rng)
+    if kind == 1:
+        return _blackbody_between(5800, 6800, rng)
+    if kind == 2:
+        blue: Lobe = (rng.uniform(0.5, 0.9), 452, 9, 12)
+        phosphor: Lobe = (1.0, rng.uniform(575, 590), 48, 60)
+        power = sum_of_lobes(WAVELENGTHS, [blue, phosphor])
+        return power / power.max()
+    lamps = LAMPS[list(LAMPS)[rng.choice(len(LAMPS), p=[0.15, 0.35, 0.1, 0.4])]]
+    return measured_light(lamps[rng.integers(len(lamps))])
+
+
+def neutral_light(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The illuminant divided out: direct light of 1, and an ambient one with a slight tint, as
+    surroundings reflect some of it."""
+    ambient = (WAVELENGTHS / 550) ** rng.normal(0, 0.15)
+    return np.ones(31, np.float32), (ambient / ambient.max()).astype(np.float32)
 
 
 def _blackbody_between(low: float, high: float, rng: np.random.Generator) -> np.ndarray:
@@ -213,7 +262,8 @@ class Painter:
     ) -> None:
         self.rng, self.families = rng, families
         self.shape = (height, width)
-        names = ("material", "texture", "direct", "ambient", "mirror")
+        # `blend`: how much of material `other` is mixed into `material`.
+        names = ("material", "other", "blend", "texture", "direct", "ambient", "mirror")
         self.maps = {name: np.zeros(self.shape, np.float32) for name in names}
         self.coarse = fractal(rng, height, width, 1.8)
         self.mottle = fractal(rng, height, width, 0.8)
@@ -223,7 +273,7 @@ class Painter:
         self.local = rng.integers(0, MATERIALS, (3, 3, 5))
 
     def paint(self) -> dict[str, np.ndarray]:
-        """The ground, a few large objects, and many by r^-3; then the light's falloff."""
+        """The ground, a few large objects, and many by r^-3; writing; then the light's falloff."""
         (height, width), rng, maps = self.shape, self.rng, self.maps
         side, ground = min(height, width), 5.0 * max(height, width)
         count = int(220 * height * width / 256**2)
@@ -233,6 +283,8 @@ class Painter:
         for radius in (*large.tolist(), *radii.tolist()):
             y, x = (rng.uniform(-0.05, 1.05, 2) * self.shape).tolist()
             self.add_object(radius, y, x)
+        if rng.random() < 0.35:
+            self.add_writing()
         falloff = np.exp(0.3 * fractal(rng, height, width, 1.3) + 0.35 * self.coarse)
         falloff /= np.quantile(falloff, 0.85)
         maps["direct"] *= falloff
@@ -258,13 +310,16 @@ class Painter:
         nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0.05))
         lambert = nx * lx + ny * ly + nz * lz
         halfway = np.maximum((lambert + nz) / float(np.sqrt(2 + 2 * lz)), 0)
-        glint = kind.gloss * (relief > 0) * halfway**60  # Blinn 1977
+        shine = 4.0 if rng.random() < 0.1 else 1.0  # wet or polished: its highlights clip
+        glint = shine * kind.gloss * (relief > 0) * halfway**60  # Blinn 1977
         period = rng.uniform(6, 16)  # pixels
         pattern = texture_of(
             kind.texture, u / period, v / period, self.coarse[box], self.mottle[box]
         )
         values: dict[str, np.ndarray | int] = {
             "material": chosen,
+            "other": self._material_at(y, x),
+            "blend": self._gradient(u, radius),
             "texture": kind.strength * pattern + rng.normal(0, 0.12),
             "direct": np.maximum(lambert, 0),
             "ambient": 0.5 + 0.5 * nz,
@@ -272,6 +327,30 @@ class Painter:
         }
         for name, value in values.items():
             np.copyto(self.maps[name][box], value, where=distance < 1)
+
+    def _gradient(self, u: np.ndarray, radius: float) -> np.ndarray | int:
+        """Most objects are of one material; some change into another along their length."""
+        if self.rng.random() > 0.12:
+            return 0
+        return np.clip(0.5 + 0.5 * u / min(radius, max(self.shape)), 0, 1)
+
+    def add_writing(self) -> None:
+        """Lines of letters, rules and bars of one material on what is there."""
+        rng, (height, width) = self.rng, self.shape
+        sheet = Image.new("L", (width, height))
+        draw = ImageDraw.Draw(sheet)
+        for _ in range(rng.integers(2, 8)):
+            x, y = rng.uniform(0, 0.8) * width, rng.uniform(0, 0.95) * height
+            if rng.random() < 0.6:
+                letters = "".join(chr(code) for code in rng.integers(65, 122, 14))
+                font = ImageFont.load_default(size=int(rng.uniform(0.03, 0.15) * height) + 6)
+                draw.text((x, y), letters, fill=255, font=font)
+            else:
+                end = (x + rng.normal(0, 0.4) * width, y + rng.normal(0, 0.4) * height)
+                draw.line([(x, y), end], fill=255, width=int(rng.integers(1, 7)))
+        inked = np.asarray(sheet) > 127
+        for name, value in (("material", rng.integers(MATERIALS)), ("blend", 0), ("mirror", 0)):
+            np.copyto(self.maps[name], value, where=inked, casting="unsafe")
 
     def _material_at(self, y: float, x: float) -> int:
         """Mostly one of those of this part of the frame."""
@@ -289,19 +368,58 @@ class Painter:
         self.maps["ambient"][box] *= 1 - 0.3 * shadow
 
 
-def synthetic_cube(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One scene, (height, width, 31) float32 in [0, 1], seen through a lens that mixes neighbouring
-    pixels a little."""
-    outdoor = rng.random() < 0.65
+def draw_palette(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A scene's materials: families (MATERIALS) and K/S (MATERIALS, 31)."""
     families = rng.choice(list(FAMILIES), MATERIALS, p=OUTDOOR if outdoor else INDOOR)
-    ks = np.stack([draw_material(family, rng) for family in families]).astype(np.float32)
-    direct, ambient = draw_illuminants(outdoor, rng)
-    level, sky = float(np.exp(rng.uniform(np.log(0.55), 0))), rng.uniform(0.1, 0.3)
+    rows = []
+    for family in families:
+        measured = rng.random() < MEASURED.get(family, USUALLY_MEASURED)
+        rows.append(measured_material(rng) if measured else draw_material(family, rng))
+    return families, np.stack(rows).astype(np.float32)
+
+
+def defocus(cube: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blur what is far from a line across the frame, as a lens of shallow focus does."""
+    from scipy.ndimage import uniform_filter1d
+
+    height, width = cube.shape[:2]
+    size = int(rng.integers(3, 10))
+    blurred = cube
+    for axis in (0, 1, 0, 1):
+        blurred = uniform_filter1d(blurred, size, axis=axis, mode="nearest")
+    place = np.arange(height, dtype=np.float32)[:, None, None] / height
+    amount = np.clip(np.abs(place - rng.uniform(0, 1)) * 4 - 1, 0, 1)
+    return cube + amount * (blurred - cube)
+
+
+def draw_level(rng: np.random.Generator) -> float:
+    """Brightness of a scene: mostly like the others, sometimes dark."""
+    darkest = 0.12 if rng.random() < 0.3 else 0.55
+    return float(np.exp(rng.uniform(np.log(darkest), 0)))
+
+
+def synthetic_cube(
+    rng: np.random.Generator, height: int, width: int, neutral: bool = False
+) -> np.ndarray:
+    """One scene, (height, width, 31) float32 in [0, 1], seen through a lens that mixes neighbouring
+    pixels a little. neutral: reflectance times shading times exposure, with no illuminant."""
+    outdoor = rng.random() < 0.65
+    families, ks = draw_palette(outdoor, rng)
+    direct, ambient = neutral_light(rng) if neutral else draw_illuminants(outdoor, rng)
+    level, sky = draw_level(rng), rng.uniform(0.1, 0.3)
+    if neutral:
+        level *= float(np.exp(rng.uniform(np.log(0.8), np.log(2.0))))
     maps = Painter(rng, height + 2, width + 2, families).paint()
     relief = np.exp(maps["texture"])[..., None]
-    cube = reflectance(ks[maps["material"].astype(int)] * relief)
+    body = ks[maps["material"].astype(int)]
+    mixed = maps["blend"] > 0
+    share = maps["blend"][mixed][:, None]
+    body[mixed] += share * (ks[maps["other"][mixed].astype(int)] - body[mixed])
+    cube = reflectance(body * relief)
     on, off = maps["direct"][..., None], maps["ambient"][..., None]
     cube = cube * (on * direct + sky * off * ambient) + maps["mirror"][..., None] * direct
     for axis in (0, 1):
         cube = 0.76 * cube + 0.12 * (np.roll(cube, 1, axis) + np.roll(cube, -1, axis))
+    if rng.random() < 0.25:
+        cube = defocus(cube, rng)
     return np.clip(cube[1:-1, 1:-1] * level, 0, 1, dtype=np.float32)

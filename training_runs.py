@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from checkpoint_files import read_checkpoint, save_checkpoint
-from common_utils_v32 import Ranks, UserError, remove_leftovers, to_json, write_text
+from checkpoint_files import load_weights, read_checkpoint, save_checkpoint, without_wrappers
+from common_utils_v32 import UserError, remove_leftovers, to_json, write_text
+from compute_devices import Ranks, first_output
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the checkpoint to go on from, the one before it
@@ -78,6 +80,75 @@ class RunFolder:
         """Write a checkpoint; the last.ckpt before it is kept as previous.ckpt."""
         previous = self.checkpoints / PREVIOUS if name == LAST else None
         save_checkpoint(self.checkpoints / name, state, previous)
+
+
+MEASURE = ("metric_floor", "val_crop_border")  # settings that a reported value depends on
+# What of a model may depend on the number of bands.
+BAND_PARTS = ("direct", "basis", "consistency", "coefficients", "scale")  # of the head
+
+
+def start_weights(
+    model: Any, kind: str, init_from: str | None, rgb: Tensor, cube: Tensor, loss_fn: Any
+) -> str:
+    """Where a new run starts: at the closed-form path fitted on rgb (B, 3, h, w) and cube (B,
+    bands, h, w), or at the weights of a file; -> what to say of it.
+
+    UserError where the file holds another model, or another size of it."""
+    if init_from is None:
+        model.fit_spectral_path(rgb, cube)
+        return "starts at the linear path that was fitted to the training scenes"
+    checkpoint = read_checkpoint(init_from)
+    found = checkpoint["model"] or kind
+    if found != kind:
+        raise UserError(f"--init_from {init_from}: holds {found}, this trains {kind}")
+    weights, own = (
+        without_wrappers(checkpoint["ema"] or checkpoint["state_dict"]),
+        model.state_dict(),
+    )
+    other_bands = [name for name in weights if _is_of_other_bands(name, weights, own)]
+    for name in other_bands:
+        weights[name] = own[name]
+    load_weights(model, weights, f"--init_from {init_from}")
+    text = f"starts from {init_from}"
+    if other_bands:
+        text += ", which has another number of bands: direct path, basis and camera are new"
+    return f"{text}; {_refit_where_better(model, rgb, cube, loss_fn)}"
+
+
+def _is_of_other_bands(name: str, weights: dict, own: dict) -> bool:
+    part = name.split(".")[1] if name.startswith("head.") else ""
+    return part in BAND_PARTS and name in own and weights[name].shape != own[name].shape
+
+
+@torch.no_grad()
+def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> str:
+    """Fit the direct path and the camera to new data, and keep that only where it lowers the error
+    of the whole network there: a trained gain on another map may be worse."""
+
+    def error() -> float:
+        model.eval()
+        parts = zip(rgb.split(8), cube.split(8), strict=True)
+        losses = [float(loss_fn(first_output(model(x)), y)) for x, y in parts]
+        model.train()
+        return sum(losses) / len(losses)
+
+    before, old = {key: value.clone() for key, value in model.state_dict().items()}, error()
+    model.fit_spectral_path(rgb, cube)
+    new = error()
+    if new >= old:
+        model.load_state_dict(before)
+    verdict = "kept" if new < old else "not kept"
+    return (
+        f"its loss on training patches {old:.4f}; with the linear path fitted anew {new:.4f}, "
+        f"{verdict}"
+    )
+
+
+def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
+    """Whether the best value of a resumed run is one of this run: of the same data and measure,
+    with its checkpoint in the same folder."""
+    same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split", *MEASURE))
+    return same and (folder.checkpoints / "best.ckpt").exists()
 
 
 class RunLog:
@@ -179,21 +250,21 @@ class StopSignal:
         self.requested = True
 
 
-def environment_record() -> dict:
-    """Versions, machine and git commit that a number was made with."""
+def environment_record(device: torch.device | None = None) -> dict:
+    """Versions, machine and git commit that a number was made with, on `device`, a card or None."""
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         commit = answer.stdout.strip() or None
-    device = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if device is not None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": device,
+        "device": name,
         "threads": torch.get_num_threads(),
         "git_commit": commit,
     }

@@ -121,6 +121,16 @@ def measure_memory(shape, mode, device) -> float:
     return peak - before
 
 
+def memory_apart(name: str, args: argparse.Namespace) -> float:
+    """Extra MiB of a case in a process of its own, which the others have not filled."""
+    if args.quick:
+        return measure_memory(*QUICK[name], args.device)
+    command = [sys.executable, __file__, "--memory", name, "--device", args.device]
+    command += ["--threads", str(args.threads)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout.split()[-1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="write the figures to this file")
@@ -139,22 +149,8 @@ def main() -> int:
         print(measure_memory(*cases[args.memory], args.device))
         return 0
 
-    times, memory = {}, {}
-    for name in cases:
-        command = [
-            sys.executable,
-            __file__,
-            "--memory",
-            name,
-            "--threads",
-            str(args.threads),
-            "--device",
-            args.device,
-        ]
-        result = subprocess.run(
-            command + ["--quick"] * args.quick, capture_output=True, text=True, check=True
-        )
-        memory[name] = float(result.stdout.split()[-1])
+    times: dict[str, list[float]] = {}
+    memory = {name: memory_apart(name, args) for name in cases}
     runs = {name: make_case(*case, args.device) for name, case in cases.items()}
     for _ in range(
         args.repeats + 1

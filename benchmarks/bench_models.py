@@ -1,14 +1,15 @@
 """Size and speed of both models beside MST++, in one run: parameters, multiply-adds, time, memory.
 
     python benchmarks/bench_models.py --mst-root ../MST-plus-plus --json models.json
-    python benchmarks/bench_models.py --device cuda --amp bf16 --sizes tiny base
+    python benchmarks/bench_models.py --device cuda --amp bf16 --batch 20 --compile
     python benchmarks/bench_models.py --against ../older-checkout      # two commits, interleaved
 
 float32, eager, 2 threads on a CPU by default. A forward is timed at 128 x 128, 256 x 256, 482 x 512
-and 964 x 1024, a training step on one 128 x 128 patch (forward, MRAE, backward, Adam); each is the
-fastest of several, the models in turn, so that a disturbance meets them alike. Peak memory is
-measured in a process of its own, over what the process held with the model built: of the 482 x 512
-forward, of the 964 x 1024 forward, and of the step. Nothing else may run.
+and 964 x 1024, a training step on --batch 128 x 128 patches (forward, MRAE, backward, Adam), with
+--compile both compiled; each is the fastest of several, the models in turn, so that a disturbance
+meets them alike. Peak memory is measured in a process of its own, over what the process held with
+the model built: of the 482 x 512 forward, of the 964 x 1024 forward, and of the step. Nothing else
+may run.
 
 --against times the 482 x 512 forward and the step of two checkouts, each in a process of its own,
 in turn for ROUNDS rounds, and prints medians and their ratio beside the multiply-adds of both.
@@ -35,6 +36,7 @@ if "--checkout" not in sys.argv:  # a child of --against imports the models of i
     from race import RIVAL, build
 
     import common_utils_v32 as common
+    from compute_devices import resolve_device
     from training_runs import environment_record
 
 SIDES = {"128": (128, 128), "256": (256, 256), "482x512": (482, 512), "964x1024": (964, 1024)}
@@ -53,9 +55,13 @@ class Bench:
     model: torch.nn.Module
     device: torch.device
     amp: torch.dtype | None
+    batch: int = 1  # patches of a training step
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
+        if self.compiled:
+            self.model.compile()
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
 
     def run(self, what: str) -> None:
@@ -72,8 +78,8 @@ class Bench:
         self.model.eval()(torch.rand(1, 3, height, width, device=self.device))
 
     def step(self) -> None:
-        target = torch.rand(1, 31, 128, 128, device=self.device)
-        pred = self.model.train()(torch.rand(1, 3, 128, 128, device=self.device))
+        target = torch.rand(self.batch, 31, 128, 128, device=self.device)
+        pred = self.model.train()(torch.rand(self.batch, 3, 128, 128, device=self.device))
         loss = ((pred - target).abs() / target.clamp_min(0.01)).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -118,6 +124,7 @@ def peak_memory(name: str, size: str, what: str, args: argparse.Namespace) -> fl
     """Bytes that `what` takes at most beyond the built model, measured in a new process."""
     command = [sys.executable, __file__, "--peak", name, size, what]
     command += ["--threads", str(args.threads), "--device", args.device]
+    command += ["--batch", str(args.batch), *["--compile"] * args.compile]
     if args.amp:
         command += ["--amp", args.amp]
     if args.mst_root:
@@ -227,7 +234,10 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     for size in args.sizes:
         chosen += [(name, size) for name in args.models]
     rows = [{"model": name, "size": size} for name, size in chosen]
-    benches = [Bench(build(name, size, args.mst_root), device, amp) for name, size in chosen]
+    benches = []
+    for name, size in chosen:
+        model = build(name, size, args.mst_root)
+        benches.append(Bench(model, device, amp, args.batch, args.compile))
     for what in args.measure:
         times: list[list[float]] = [[] for _ in rows]
         for _ in range(REPEATS[what] + 1):
@@ -235,6 +245,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 taken.append(bench.seconds(what))
         for row, taken in zip(rows, times, strict=True):
             row[what] = min(taken[1:])  # the first is a warm-up
+    torch.compiler.set_stance("force_eager")  # operations are counted as they are written
     for row, bench in zip(rows, benches, strict=True):
         row["parameters"] = sum(p.numel() for p in bench.model.parameters())
         row["macs_256"] = macs_256(bench.model.cpu())
@@ -282,6 +293,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
     add("--amp", choices=["bf16", "fp16"])
+    add("--batch", type=int, default=1, help="patches of a training step")
+    add("--compile", action="store_true", help="torch.compile")
     add("--against", type=Path, metavar="CHECKOUT", help="time another commit's models instead")
     add("--json", type=Path, help="where to write the figures")
     add("--peak", nargs=3, metavar=("MODEL", "SIZE", "WHAT"), help=argparse.SUPPRESS)
@@ -291,10 +304,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    device = common.resolve_device(args.device)
+    device = resolve_device(args.device)
     if args.peak:
         name, size, what = args.peak
-        bench = Bench(build(name, size, args.mst_root), device, AMP_TYPES[args.amp])
+        model = build(name, size, args.mst_root)
+        bench = Bench(model, device, AMP_TYPES[args.amp], args.batch, args.compile)
         print(json.dumps({"peak": measure_peak(bench, what)}))
         return 0
     facts: dict = {"environment": environment_record()}

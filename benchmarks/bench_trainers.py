@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common_utils_v32 as common  # noqa: E402
+from compute_devices import Ranks  # noqa: E402
 from optimized_dataloader import MSTPlusPlusLoss, prepare_batch  # noqa: E402
 from training_runs import RunFolder, environment_record  # noqa: E402
 
@@ -63,7 +64,7 @@ def measure(trainer: str, args, folder: str) -> dict[str, float]:
             trainer,
         ],
     )
-    run = module.Run(cfg, common.Ranks(), torch.device("cpu"), RunFolder.of(folder, trainer))
+    run = module.Run(cfg, Ranks(), torch.device("cpu"), RunFolder.of(folder, trainer))
     model = getattr(run, "engine", run).model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batches = [prepare_batch(batch, run.device) for batch in islice(run.train_loader, steps)]

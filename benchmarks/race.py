@@ -1,20 +1,35 @@
 """Accuracy for the same training time: each model from scratch on the same patches, scored on the
-same full frames.
+same full frames, which it never saw.
 
-    python benchmarks/race.py --mst-root ../MST-plus-plus --data_root data/ARAD_1K \
-        --minutes 10 --seeds 0 1 2 --json race.json
-    python benchmarks/race.py ... --folds 3   # cross-validation over the training scenes
+    python benchmarks/race.py --mst-root ../MST-plus-plus --data_root data/ARAD_1K \\
+        --budget 300 --folds 5 --json race.json
+    python benchmarks/race.py ... --entrants mst++ hsifusion hsifusion:small sharp,sparse_mode=block
 
-Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam 4e-4 with a cosine over the time budget,
-MRAE with floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as
-training time; data preparation does not, it is the same for all. Nothing else may run on the
-machine.
+An entrant is MODEL[:SIZE][,FIELD=VALUE...]: any field of the model's configuration, and of training
+`init` (weights to start from), `mix` (a second folder of scenes), `share` (of it in a batch at the
+start, falling to none) and `lr`.
+
+--budget N gives each the time that MST++ needs for N steps: seconds of a step are measured in the
+same run, the models in turn, and become numbers of steps, so that a busy machine changes nothing.
+--folds K holds out every K-th training scene in turn; without it the official split is scored.
+Rows are saved as they end, and the same command goes on where it was stopped. The table gives means
+over scenes, ratios to MST++ and their 95 % bootstrap intervals over scenes, paired.
+
+Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam 4e-4 with a cosine over the budget, MRAE
+with floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as
+training time; reading data does not, it is the same for all.
 """
 
+from __future__ import annotations
+
+import argparse
 import importlib
+import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,183 +39,407 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
+from common_utils_v32 import UserError  # noqa: E402
+from compute_devices import resolve_device  # noqa: E402
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
 from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
-from training_runs import environment_record  # noqa: E402
+from training_runs import environment_record, start_weights  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
 RIVAL = "mst++"
 METRICS = ("mrae", "rmse", "psnr", "sam")
+RATIOS = ("mrae", "rmse", "sam")
+TIMED_STEPS = 8  # of each entrant, in turn; the first warms up
+CURVE_POINTS = 5  # scores on the way, for learning curves
+DRAWS = 2000  # of the bootstrap
+TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR}
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+Scene = tuple[str, torch.Tensor, torch.Tensor]  # name, rgb (3, H, W), cube (bands, H, W)
 
 
-def build(name: str, size: str, mst_root: Path | None) -> torch.nn.Module:
+@dataclass
+class Entrant:
+    """What an entrant's text says: model, size, fields of its configuration, training settings."""
+
+    text: str
+    model: str
+    size: str
+    options: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+
+def parse_entrant(text: str) -> Entrant:
+    head, *pairs = text.split(",")
+    model, _, size = head.partition(":")
+    if model not in (RIVAL, "hsifusion", "sharp"):
+        raise UserError(f"--entrants {text}: choose mst++, hsifusion or sharp")
+    entrant = Entrant(text, model, size or "tiny", {}, dict(TRAINING))
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if name in TRAINING:
+            entrant.training[name] = parsed
+        else:
+            entrant.options[name] = parsed
+    return entrant
+
+
+def build(
+    name: str, size: str, mst_root: Path | None, options: dict | None = None
+) -> torch.nn.Module:
     """`hsifusion`, `sharp` or `mst++`, untrained."""
     if name == RIVAL:
+        if mst_root is None:
+            raise UserError("--mst-root: give a checkout of MST++, or leave mst++ out")
         sys.path.insert(0, str(mst_root / "train_code" / "architecture"))
         return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
     if name == "sharp":
         from sharp_v322_hardened import create_sharp_v32 as create
     else:
         from hsifusion_v252_complete import create_hsifusion_lightning_pro as create
-    return create(size)
+    try:
+        return create(size, **(options or {}))
+    except ValueError as error:
+        raise UserError(f"--entrants {name}:{size}: {error}") from None
 
 
-def load(data_root: str, split: str) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+# --- data
+
+
+def load(data_root: str, split: str) -> list[Scene]:
     loader = val_loader(DataConfig(data_root=data_root, rgb_norm="unit", val_split=split))
     return [(scene.name, scene.rgb[0], scene.cube[0]) for scene in loader]
 
 
-def batches(scenes: list, seed: int):
-    """The same endless sequence of patches for every model."""
-    rng = np.random.default_rng(seed)
-    while True:
-        pairs = []
-        for _ in range(BATCH):
-            _, rgb, cube = scenes[rng.integers(len(scenes))]
-            top, left = (rng.integers(side - PATCH + 1) for side in rgb.shape[1:])
-            turns, flip = rng.integers(4), rng.integers(2)
-            pair = [
-                torch.rot90(x[:, top : top + PATCH, left : left + PATCH], int(turns), (1, 2))
-                for x in (rgb, cube)
-            ]
-            pairs.append([x.flip(2) for x in pair] if flip else pair)
-        yield tuple(
-            torch.stack(parts).contiguous(memory_format=torch.channels_last)
-            for parts in zip(*pairs, strict=True)
-        )
-
-
-def train(model: torch.nn.Module, scenes: list, seconds: float, seed: int) -> int:
-    """Train in place for a time; returns the number of steps."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.999), fused=True)
-    loss_fn, steps, spent = MSTPlusPlusLoss(FLOOR), 0, 0.0
-    start = time.perf_counter()
-    if hasattr(model, "fit_spectral_path"):
-        side = min(min(scene[1].shape[1:]) for scene in scenes)
-        model.fit_spectral_path(
-            *(torch.stack([s[i][:, :side, :side] for s in scenes]) for i in (1, 2))
-        )
-    spent = time.perf_counter() - start
-    for rgb, cube in batches(scenes, seed):
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / seconds)))
-        loss = loss_fn(model(rgb), cube)
-        if hasattr(model, "auxiliary_loss"):
-            loss = loss + model.auxiliary_loss()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        spent, steps = spent + time.perf_counter() - start, steps + 1
-        if spent >= seconds:
-            return steps
-
-
-@torch.no_grad()
-def score(model: torch.nn.Module, scenes: list) -> dict[str, dict]:
-    """MRAE (floor 1e-2), RMSE, PSNR and SAM of full frames."""
-    model.eval()
-    out = {}
-    for name, rgb, cube in scenes:
-        pred = model(rgb[None])[0]
-        out[name] = {
-            "mrae": mrae(pred, cube, FLOOR),
-            "rmse": rmse(pred, cube),
-            "psnr": psnr(pred, cube),
-            "sam": sam(pred, cube),
-        }
-    return out
-
-
-def splits(data_root: str, folds: int):
+def splits(data_root: str, folds: int, most: int | None) -> Iterator[tuple[str, list, list]]:
     """(label, training scenes, scenes to score): the official split, or `folds` parts of the
-    training scenes in turn."""
+    training scenes in turn, `most` of them."""
     scenes = load(data_root, "train")
     if not folds:
         yield "val", scenes, load(data_root, "val")
-    for fold in range(folds):
-        yield (
-            f"fold {fold}",
-            [s for i, s in enumerate(scenes) if i % folds != fold],
-            scenes[fold::folds],
+    for fold in range(folds if most is None else min(folds, most)):
+        kept = [scene for number, scene in enumerate(scenes) if number % folds != fold]
+        yield f"fold {fold}", kept, scenes[fold::folds]
+
+
+class Patches:
+    """The same endless sequence of batches for every entrant; with `mixed` scenes, a share of each
+    batch that falls from `share` to none comes from them."""
+
+    def __init__(self, scenes: list[Scene], batch: int, patch: int, seed: int) -> None:
+        self.scenes, self.batch, self.patch = scenes, batch, patch
+        self.rng = np.random.default_rng(seed)
+
+    def draw(self, scenes: list[Scene]) -> list[torch.Tensor]:
+        """One patch of rgb and cube, turned alike."""
+        _, rgb, cube = scenes[self.rng.integers(len(scenes))]
+        top, left = (self.rng.integers(side - self.patch + 1) for side in rgb.shape[1:])
+        turns, flip = int(self.rng.integers(4)), self.rng.integers(2)
+        pair = []
+        for image in (rgb, cube):
+            part = image[:, top : top + self.patch, left : left + self.patch]
+            part = torch.rot90(part, turns, (1, 2))
+            pair.append(part.flip(2) if flip else part)
+        return pair
+
+    def next(self, mixed: list[Scene], share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = []
+        for _ in range(self.batch):
+            other = bool(mixed) and self.rng.random() < share
+            pairs.append(self.draw(mixed if other else self.scenes))
+        rgb, cube = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        layout = torch.channels_last
+        return rgb.contiguous(memory_format=layout), cube.contiguous(memory_format=layout)
+
+
+# --- training and scoring
+
+
+class Training:
+    """A model on its way through its steps."""
+
+    def __init__(self, entrant: Entrant, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.entrant, self.args, self.device = entrant, args, args.torch_device
+        self.model = build(entrant.model, entrant.size, args.mst_root, entrant.options)
+        self.model.to(self.device).train()
+        self.network = self.model
+        if args.compile:
+            self.model.compile()
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=LR, betas=(0.9, 0.999), fused=True
         )
+        self.loss_fn = MSTPlusPlusLoss(FLOOR)
+
+    def fit(self, scenes: list[Scene]) -> None:
+        """The closed-form start of a model that has one, or its start from weights."""
+        if not hasattr(self.model, "fit_spectral_path"):
+            return
+        side = min(min(scene[1].shape[1:]) for scene in scenes)
+        rgb = torch.stack([scene[1][:, :side, :side] for scene in scenes])
+        cube = torch.stack([scene[2][:, :side, :side] for scene in scenes])
+        rgb, cube = rgb.to(self.device), cube.to(self.device)
+        init = self.entrant.training["init"] or None
+        start_weights(self.model, self.entrant.model, init, rgb, cube, self.loss_fn)
+
+    def step(self, rgb: torch.Tensor, cube: torch.Tensor, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        rgb, cube = rgb.to(self.device), cube.to(self.device)
+        amp = AMP_TYPES[self.args.amp]
+        with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            pred = self.network(rgb)
+        loss = self.loss_fn(pred, cube)
+        if hasattr(self.model, "auxiliary_loss"):
+            loss = loss + self.model.auxiliary_loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def score(self, scenes: list[Scene]) -> dict[str, dict]:
+        """MRAE (floor 1e-2), RMSE, PSNR and SAM of full frames."""
+        self.model.eval()
+        out = {}
+        for name, rgb, cube in scenes:
+            with torch.compiler.set_stance("force_eager"):
+                pred = self.model(rgb[None].to(self.device))[0].float()
+            cube = cube.to(self.device)
+            out[name] = {"mrae": mrae(pred, cube, FLOOR), "rmse": rmse(pred, cube)}
+            out[name] |= {"psnr": psnr(pred, cube), "sam": sam(pred, cube)}
+        self.model.train()
+        return out
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_a_step(
+    entrants: list[Entrant], scenes: list[Scene], args: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
+    """Seconds of a training step, and of the closed-form start, of each entrant: the fastest of
+    several taken in turn, so that a disturbance meets all."""
+    runs = [Training(entrant, args) for entrant in entrants]
+    batch = Patches(scenes, args.batch, args.patch, 0).next([], 0)
+    fitting = []
+    for run in runs:
+        start = time.perf_counter()
+        run.fit(scenes)
+        wait_for(run.device)
+        fitting.append(time.perf_counter() - start)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(TIMED_STEPS):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run.step(*batch, LR)
+            wait_for(run.device)
+            taken.append(time.perf_counter() - start)
+    found = {}
+    for entrant, taken, fit in zip(entrants, times, fitting, strict=True):
+        found[entrant.text] = (min(taken[1:]), fit)
+    return found
+
+
+def steps_of(
+    entrants: list[Entrant], scenes: list[Scene], args: argparse.Namespace
+) -> dict[str, int]:
+    """How many steps each entrant has in the budget."""
+    if args.steps:
+        return {entrant.text: args.steps for entrant in entrants}
+    timed = entrants
+    if args.budget and all(entrant.model != RIVAL for entrant in entrants):
+        timed = [parse_entrant(RIVAL), *entrants]
+    seconds = seconds_a_step(timed, scenes, args)
+    budget = 60 * args.minutes
+    if args.budget:
+        budget = args.budget * seconds[RIVAL][0]
+    steps = {}
+    for entrant in entrants:
+        step, fit = seconds[entrant.text]
+        steps[entrant.text] = max(1, round((budget - fit) / step))
+    return steps
+
+
+def race(
+    entrant: Entrant, steps: int, scenes: list[Scene], held_out: list, args: argparse.Namespace
+) -> dict:
+    """Train for `steps` and score; -> the row, with the scores on the way."""
+    run, start = Training(entrant, args), time.perf_counter()
+    run.fit(scenes)
+    settings = entrant.training
+    mixed = load(settings["mix"], "train") if settings["mix"] else []
+    patches = Patches(scenes, args.batch, args.patch, args.seed)
+    marks = {round(steps * (part + 1) / CURVE_POINTS) for part in range(CURVE_POINTS - 1)}
+    curve = []
+    for number in range(steps):
+        share = settings["share"] * (1 - number / steps)
+        lr = settings["lr"] * 0.5 * (1 + math.cos(math.pi * number / steps))
+        run.step(*patches.next(mixed, share), lr)
+        if args.curves and number + 1 in marks:
+            curve.append({"step": number + 1, **means(run.score(held_out))})
+    row = {"steps": steps, "seconds": time.perf_counter() - start, "curve": curve}
+    return row | {"scenes": run.score(held_out)}
+
+
+# --- results
+
+
+def means(scenes: dict[str, dict]) -> dict[str, float]:
+    return {
+        metric: float(np.mean([scene[metric] for scene in scenes.values()])) for metric in METRICS
+    }
+
+
+def interval(mine: np.ndarray, rival: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of two means over the same scenes."""
+    draws = np.random.default_rng(0).integers(0, len(mine), (DRAWS, len(mine)))
+    ratios = mine[draws].mean(1) / rival[draws].mean(1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def scenes_of(results: list[dict], name: str) -> dict[str, dict]:
+    """Scores of an entrant by split, seed and scene."""
+    found = {}
+    for result in results:
+        if result["entrant"] == name:
+            for scene, scores in result["scenes"].items():
+                found[f"{result['split']} {result['seed']} {scene}"] = scores
+    return found
 
 
 def table(results: list[dict]) -> str:
-    """Means over scenes, seeds and folds; and their ratios to MST++."""
-    means: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(result["model"] for result in results):
-        mine = [result for result in results if result["model"] == name]
-        scenes = [scene for result in mine for scene in result["scenes"].values()]
-        means[name] = {metric: float(np.mean([s[metric] for s in scenes])) for metric in METRICS}
-        means[name]["steps"] = float(np.mean([result["steps"] for result in mine]))
-    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ |"]
+    """Means over all scenes, seeds and folds; ratios to MST++ with intervals."""
+    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ (95 %) |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for name, m in means.items():
-        ratios = ""
-        if RIVAL in means:
-            ratios = ", ".join(f"{m[k] / means[RIVAL][k]:.3f}" for k in ("mrae", "rmse", "sam"))
+    rival = scenes_of(results, RIVAL)
+    for name in dict.fromkeys(result["entrant"] for result in results):
+        mine = scenes_of(results, name)
+        m = means(mine)
+        steps = np.mean([result["steps"] for result in results if result["entrant"] == name])
+        shared = [key for key in mine if key in rival]
+        cells = []
+        for metric in RATIOS if shared else ():
+            ours = np.array([mine[key][metric] for key in shared])
+            theirs = np.array([rival[key][metric] for key in shared])
+            low, high = interval(ours, theirs)
+            cells.append(f"{ours.mean() / theirs.mean():.3f} ({low:.2f}-{high:.2f})")
         scores = f"{m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f}"
-        lines.append(f"| {name} | {m['steps']:.0f} | {scores} | {ratios} |")
+        lines.append(f"| {name} | {steps:.0f} | {scores} | {', '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> int:
+def draw_curves(results: list[dict], path: Path) -> None:
+    """MRAE of the held-out scenes against the share of the budget, a line for each entrant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name in dict.fromkeys(result["entrant"] for result in results):
+        mine = [result for result in results if result["entrant"] == name]
+        rows = [row for row in mine if len(row["curve"]) == CURVE_POINTS - 1]
+        if not rows:
+            continue
+        values = np.mean([[point["mrae"] for point in row["curve"]] for row in rows], axis=0)
+        last = np.mean([means(row["scenes"])["mrae"] for row in rows])
+        share = np.arange(1, CURVE_POINTS + 1) / CURVE_POINTS
+        axes.plot(share, [*values, last], marker="o", label=name)
+    axes.set(xlabel="share of the training time", ylabel="MRAE of held-out scenes (floor 0.01)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class Record:
+    """The results file: what is in it is not raced again."""
+
+    def __init__(self, path: Path | None, settings: dict) -> None:
+        self.path = path
+        self.facts: dict = {"settings": settings, "steps": {}, "results": []}
+        self.facts["environment"] = environment_record()
+        if path is not None and path.exists():
+            old = common.read_json(path)
+            for key in ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root"):
+                if old["settings"].get(key) != settings[key]:
+                    found = f"was made with {key} {old['settings'].get(key)}"
+                    raise UserError(f"--json {path}: {found}; give another file")
+            self.facts = old
+
+    @property
+    def results(self) -> list[dict]:
+        return self.facts["results"]
+
+    def has(self, entrant: str, split: str, seed: int) -> bool:
+        wanted = (entrant, split, seed)
+        return any((r["entrant"], r["split"], r["seed"]) == wanted for r in self.results)
+
+    def save(self) -> None:
+        if self.path is not None:
+            common.write_json(self.path, self.facts)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = common.CliParser(description=__doc__)
-    parser.add_argument("--data_root", required=True, help="raw ARAD-1K or staged folder")
-    parser.add_argument(
-        "--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run"
-    )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=[RIVAL, "hsifusion", "sharp"],
-        choices=[RIVAL, "hsifusion", "sharp"],
-    )
-    parser.add_argument("--model_size", default="tiny")
-    parser.add_argument("--minutes", type=float, default=10.0, help="training time of each model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--folds", type=int, default=0, help="cross-validate over the training scenes"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where to write all results")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--data_root", required=True, help="raw ARAD-1K or staged folder")
+    add("--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run")
+    add("--entrants", nargs="+", default=[RIVAL, "hsifusion", "sharp"], metavar="MODEL")
+    add("--budget", type=int, default=0, help="training time of each, in steps of MST++")
+    add("--minutes", type=float, default=10.0, help="training time of each, without --budget")
+    add("--steps", type=int, default=0, help="the same number of steps for each instead")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--folds", type=int, default=0, help="cross-validate over the training scenes")
+    add("--most-folds", type=int, help="run the first of the folds only")
+    add("--curves", action=argparse.BooleanOptionalAction, default=False, help="score on the way")
+    add("--batch", type=int, default=BATCH)
+    add("--patch", type=int, default=PATCH)
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu")
+    add("--amp", choices=["bf16", "fp16"])
+    add("--compile", action="store_true", help="torch.compile of each")
+    add("--json", type=Path, help="where all results are kept; a race that was stopped goes on")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
-    names, results = [n for n in args.models if n != RIVAL or args.mst_root], []
-    for label, train_scenes, held_out in splits(args.data_root, args.folds):
+    args.torch_device = resolve_device(args.device)
+    entrants = [parse_entrant(text) for text in args.entrants]
+    if args.mst_root is None:
+        entrants = [entrant for entrant in entrants if entrant.model != RIVAL]
+    settings = {key: str(value) for key, value in vars(args).items()}
+    record = Record(args.json, settings)
+    for label, scenes, held_out in splits(args.data_root, args.folds, args.most_folds):
         for seed in args.seeds:
-            for name in names:
-                torch.manual_seed(seed)
-                model = build(name, args.model_size, args.mst_root)
-                steps = train(model, train_scenes, 60 * args.minutes, seed)
-                results.append(
-                    {
-                        "model": name,
-                        "seed": seed,
-                        "split": label,
-                        "steps": steps,
-                        "scenes": score(model, held_out),
-                    }
-                )
-                shown = {k: v for k, v in results[-1].items() if k != "scenes"}
-                scores = results[-1]["scenes"].values()
-                mean = {
-                    m: round(float(np.mean([s[m] for s in scores])), 4)
-                    for m in ("mrae", "rmse", "sam")
-                }
-                print(shown | mean, flush=True)
-                if args.json:
-                    common.write_json(
-                        args.json,
-                        {
-                            "settings": {k: str(v) for k, v in vars(args).items()},
-                            "environment": environment_record(),
-                            "results": results,
-                        },
-                    )
-    print(table(results))
+            args.seed = seed
+            missing = [e for e in entrants if e.text not in record.facts["steps"]]
+            if missing:
+                record.facts["steps"] |= steps_of(missing, scenes, args)
+                record.save()
+            for entrant in entrants:
+                if record.has(entrant.text, label, seed):
+                    continue
+                steps = record.facts["steps"][entrant.text]
+                row = {"entrant": entrant.text, "seed": seed, "split": label}
+                row |= race(entrant, steps, scenes, held_out, args)
+                record.results.append(row)
+                record.save()
+                found = {k: round(v, 4) for k, v in means(row["scenes"]).items()}
+                print(f"{label} seed {seed} {entrant.text}: {steps} steps, {found}", flush=True)
+    print(table(record.results))
+    if args.curves and args.json:
+        draw_curves(record.results, args.json.with_suffix(".png"))
     return 0
 
 

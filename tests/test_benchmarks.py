@@ -1,14 +1,19 @@
 """The benchmarks' own arithmetic."""
 
+import json
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import demo  # noqa: E402
+import race  # noqa: E402
 
 ERRORS = {"mrae": 1.0, "rmse": 1.0, "sam": 1.0}
 
@@ -63,3 +68,54 @@ def test_every_benchmark_starts_without_help_from_its_surroundings(tmp_path):
     command = [sys.executable, "-c", STANDALONE, *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "", done.stderr
+
+
+def gpu_script(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_every_part_of_the_gpu_script_works_in_its_small_form(tmp_path):
+    done = gpu_script("--device", "cpu", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["parts"]
+    assert {row["model"] for row in parts["models"]} == {"hsifusion tiny", "sharp tiny"}
+    assert {row["model"] for row in parts["race"]} == {"hsifusion", "sharp"}
+    assert all(0 < row["mrae"] < 1 for row in parts["race"])
+    assert len(parts["attention"]) == 7
+    assert parts["tests"][0]["failed"] == 0 and parts["tests"][0]["rest"] == "all ran"
+    counted = parts["tests"][0]["skipped"] + parts["tests"][0]["passed"]
+    assert counted > 30
+    assert "| hsifusion tiny | bf16 | eager |" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a usable card")
+def test_without_a_gpu_the_gpu_script_says_so(tmp_path):
+    done = gpu_script("--out", tmp_path / "results")
+    assert done.returncode == 2 and "no CUDA device is usable" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_race_goes_on_where_it_was_stopped_and_is_paired_over_scenes(synthetic, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "race.py", "--data_root", synthetic]
+    command += ["--steps", "2", "--folds", "2", "--most-folds", "1", "--threads", "1"]
+    command += ["--json", tmp_path / "race.json", "--entrants"]
+    first = subprocess.run([*command, "hsifusion"], capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    names = ["hsifusion", "hsifusion,use_rope=false,lr=0.001", "sharp,sparse_mode=block"]
+    second = subprocess.run([*command, *names], capture_output=True, text=True)
+    assert second.returncode == 0 and "hsifusion: 2 steps" not in second.stdout
+    results = json.loads((tmp_path / "race.json").read_text(encoding="utf-8"))["results"]
+    assert [row["entrant"] for row in results] == names
+    wrong = subprocess.run([*command, "hsifusion,no_such=1"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no_such" in wrong.stderr
+
+
+def test_ratios_have_intervals_over_the_same_scenes():
+    rng = np.random.default_rng(0)
+    rival = rng.uniform(0.1, 0.4, 20)
+    low, high = race.interval(0.8 * rival, rival)
+    assert low == pytest.approx(0.8) and high == pytest.approx(0.8)
+    low, high = race.interval(0.8 * rival * rng.uniform(0.8, 1.2, 20), rival)
+    assert 0.7 < low < 0.8 < high < 0.9

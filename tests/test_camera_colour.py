@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from camera_colour import CAMERAS, camera_response, cube_to_srgb, render_rgb
+from camera_colour import (
+    CAMERAS,
+    camera_response,
+    cube_to_srgb,
+    linear_light,
+    ordinary_photo,
+    render_rgb,
+)
 from common_utils_v32 import UserError
 
 NM = np.arange(400.0, 701.0, 10.0)
@@ -39,10 +46,10 @@ def test_a_measured_response_is_the_table_of_its_camera():
 )
 def test_every_camera_sees_a_perfect_white_as_one_and_blue_green_red_in_order(camera, nm):
     response = camera_response(camera, nm)
-    assert response.shape == (len(nm), 3) and (response >= 0).all()
+    assert response.shape == (len(nm), 3) and ((response >= 0).all() or camera == "srgb")
     assert np.ones(len(nm)) @ response == pytest.approx([1, 1, 1])
     centre = (response * np.asarray(nm)[:, None]).sum(axis=0)
-    assert 430 < centre[2] < 490 < centre[1] < 575 and centre[1] + 10 < centre[0] < 640
+    assert 430 < centre[2] < 490 < centre[1] < 575 and centre[1] + 10 < centre[0] < 650
 
 
 def test_the_two_analytic_cameras_differ_in_hue():
@@ -157,3 +164,29 @@ def test_a_table_is_looked_up_without_a_word(capfd):
     camera_response("nikon5100", NM)
     cube_to_srgb(flat_cube(0.5), NM)
     assert capfd.readouterr() == ("", "")
+
+
+# --- ordinary photos
+
+
+def test_an_ordinary_photo_is_the_cubes_srgb_picture_up_to_noise_and_white_balance():
+    nm = np.arange(400, 701, 10)
+    rng = np.random.default_rng(0)
+    cube = np.kron(rng.uniform(0.1, 0.8, (6, 6, 31)).mean(2, keepdims=True), np.ones((16, 16, 31)))
+    response = camera_response("srgb", nm)
+    photo, jpeg = ordinary_photo(cube, response, rng=rng)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(jpeg))), photo)
+    error = np.abs(photo.astype(int) - cube_to_srgb(cube, nm))
+    assert error.mean() < 6 and error.any()
+    grey = photo.reshape(-1, 3).mean(0)
+    assert np.ptp(grey) > 0.5  # the white balance is off a little
+
+
+def test_srgb_values_become_linear_light_at_both_depths():
+    values = np.array([[0, 10, 128, 255]])
+    share = values / 255
+    want = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    found = linear_light(values.astype(np.uint8))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    np.testing.assert_allclose(linear_light((values * 257).astype(np.uint16)), want, atol=1e-6)

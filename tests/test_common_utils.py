@@ -5,12 +5,10 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -159,62 +157,6 @@ def test_json_writes_numbers_of_any_kind_and_no_nan(tmp_path):
         {"a": np.float32(0.5), "b": torch.ones(2), "c": math.nan, 3: [np.int64(4)]},
     )
     assert common.read_json(tmp_path / "x.json") == {"a": 0.5, "b": [1.0, 1.0], "c": None, "3": [4]}
-
-
-def test_unusable_devices_are_named():
-    with pytest.raises(UserError, match="tpu"):
-        common.resolve_device("tpu!")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cpu"):
-            common.resolve_device("cuda")
-
-
-# --- memory
-
-
-def test_free_memory_is_the_machines_within_the_limit_on_this_process(monkeypatch):
-    available = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
-    for limit, free in ((float("inf"), 1000), (300, 300)):
-        monkeypatch.setattr(common, "cgroup_free", lambda limit=limit: limit)
-        assert common.free_memory() == free
-
-
-def write_cgroup(folder, names, limit, usage, stat):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in zip(names, (limit, usage, stat), strict=True):
-        (folder / name).write_text(f"{value}\n", encoding="utf-8")
-
-
-def test_cgroup_limits_of_both_versions_and_of_parents(tmp_path):
-    member = tmp_path / "cgroup"
-    names = ("memory.max", "memory.current", "memory.stat")
-    write_cgroup(tmp_path / "v2" / "job", names, 1000, 700, "anon 1\ninactive_file 200")
-    write_cgroup(tmp_path / "v2" / "job" / "step", names, "max", 500, "inactive_file 0")
-    member.write_text("0::/job/step\n", encoding="utf-8")
-    assert common.cgroup_free(tmp_path / "v2", member) == 500
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-    write_cgroup(tmp_path / "v1" / "memory" / "job", names, 900, 100, "total_inactive_file 50")
-    member.write_text("5:cpu,cpuacct:/job\n4:memory:/job\n0::/\n", encoding="utf-8")
-    assert common.cgroup_free(tmp_path / "v1", member) == 850
-    assert common.cgroup_free(tmp_path / "none", tmp_path / "absent") == float("inf")
-
-
-@pytest.mark.parametrize(
-    "user, ours",
-    [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "backend:native"}, None),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
-    ],
-)
-def test_the_users_allocator_settings_win(monkeypatch, user, ours):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in user.items():
-        monkeypatch.setenv(name, value)
-    common.set_default_environment()
-    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ours
 
 
 def test_the_average_waits_for_no_device_and_counts_in_python():

@@ -13,7 +13,6 @@ from cube_files import (
     check_cube,
     find_stored_cube,
     read_cube,
-    read_photo,
     read_rgb,
     read_wavelengths,
     read_window,
@@ -280,57 +279,3 @@ def test_rgb_is_8_bit_rgb_as_stored(tmp_path):
     for name in ("deep.png", "bad.jpg", "none.jpg"):
         with pytest.raises(UserError, match=name):
             read_rgb(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "mode, remark",
-    [
-        ("RGB", None),
-        ("L", "grey repeated"),
-        ("RGBA", "alpha dropped"),
-        ("I;16", "16 bit reduced"),
-        ("P", None),
-        ("CMYK", None),
-    ],
-)
-def test_photos_of_every_mode_are_rgb_and_what_changed_is_said(tmp_path, mode, remark):
-    pixels = np.random.default_rng(0).integers(20, 201, RGB_SHAPE, dtype=np.uint8)
-    if mode == "I;16":
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(pixels).convert(mode)
-    image.save(tmp_path / "a.tif")
-    rgb, remarks = read_photo(tmp_path / "a.tif", tmp_path)
-    assert rgb.shape == RGB_SHAPE and rgb.dtype == np.uint8
-    if mode in ("L", "I;16"):
-        assert (rgb == rgb[..., :1]).all()
-    if mode in ("RGB", "RGBA", "I;16"):
-        assert (rgb[..., 0] == pixels[..., 0]).all()
-    assert (remark is None) == (remarks == []) and str(remark or "") in " ".join(remarks)
-
-
-def test_exif_orientation_is_applied_and_said(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (90, 70)).save(tmp_path / "a.jpg", exif=exif)
-    rgb, remarks = read_photo(tmp_path / "a.jpg", tmp_path)
-    assert rgb.shape == (90, 70, 3) and remarks == ["turned as its EXIF says"]
-
-
-def test_photos_that_hold_no_8_bit_rgb_are_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 5), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(UserError, match="floating-point"):
-        read_photo(tmp_path / "float.tif", tmp_path)
-    np.save(tmp_path / "deep.npy", np.zeros(RGB_SHAPE, np.uint16))
-    with pytest.raises(UserError, match="uint8, found .*uint16"):
-        read_photo(tmp_path / "deep.npy", tmp_path)
-
-
-def test_a_big_photo_is_mapped_to_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(cube_files, "MAPPED_BYTES", 1000)
-    pixels = np.random.default_rng(0).integers(0, 256, (1100, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    rgb, _ = read_photo(tmp_path / "a.png", tmp_path)
-    assert isinstance(rgb, np.memmap) and np.array_equal(rgb, pixels)
-    monkeypatch.delattr(cube_files.mmap, "MADV_DONTNEED", raising=False)  # as on Windows
-    assert np.array_equal(read_photo(tmp_path / "a.png", tmp_path)[0], pixels)

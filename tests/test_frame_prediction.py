@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from frame_prediction import LiveBytes, blend_tiles, is_out_of_memory, ramp, tile_offsets
+from frame_prediction import LiveBytes, blend_tiles, predict_frame, ramp, tile_offsets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,16 +128,30 @@ def test_big_image_streams_to_a_mapped_file_in_bounded_memory(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["big.npy"]
 
 
-@pytest.mark.parametrize(
-    "error, halves",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), True),
-        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
-        (NotImplementedError("can't allocate memory"), False),  # a RuntimeError by birth
-    ],
-)
-def test_only_an_allocators_word_counts_as_out_of_memory(error, halves):
-    assert is_out_of_memory(error) == halves
+class SmallMemory(torch.nn.Conv2d):
+    """A convolution on a device that has no room for more than 200 x 200 pixels."""
+
+    error = torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(self, x):
+        if x.shape[-1] * x.shape[-2] > 200 * 200:
+            raise self.error
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_a_frame_to_score_that_does_not_fit_is_predicted_in_tiles(capsys):
+    network, rgb = SmallMemory(3, 5, 3, padding=1), torch.rand(1, 3, 300, 420)
+    found = predict_frame(network, rgb, torch.device("cpu"))
+    whole = torch.nn.functional.conv2d(rgb, network.weight, network.bias, padding=1)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    assert "out of memory with a tile of 420 px: going on with 208 px" in capsys.readouterr().err
+    small = rgb[..., :100, :120]
+    assert torch.equal(predict_frame(network, small, torch.device("cpu")), network(small))
+
+
+@torch.no_grad()
+def test_any_other_error_of_a_frame_to_score_is_raised(monkeypatch):
+    monkeypatch.setattr(SmallMemory, "error", RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        predict_frame(SmallMemory(3, 5, 3), torch.rand(1, 3, 300, 420), torch.device("cpu"))

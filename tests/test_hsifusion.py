@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attention_windows as windows_of
 import hsifusion_v252_complete as hsi
 from checkpoint_files import save_checkpoint
 from common_utils_v32 import UserError
@@ -190,10 +191,10 @@ def test_the_start_is_the_fitted_linear_map():
 
 
 def test_rope_keeps_norms_and_products_depend_on_the_offset_alone():
-    table = hsi.rotary_table(8, 8, 16)
+    table = windows_of.rotary_table(8, 8, 16)
     q, k = torch.randn(16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
     turned_q, turned_k = (
-        hsi.rotate(x.expand(64, 16), table.double()).view(8, 8, 16) for x in (q, k)
+        windows_of.rotate(x.expand(64, 16), table.double()).view(8, 8, 16) for x in (q, k)
     )
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(8, 8))
     for dy, dx in ((0, 0), (2, 3), (5, 1)):
@@ -207,15 +208,15 @@ def test_rope_keeps_norms_and_products_depend_on_the_offset_alone():
 
 def mean_of_windows(windows, height, width, stride):
     """(groups, B, rows, columns, window, window, D) -> (B, height, width, groups * D)."""
-    covers = hsi.coverage(height, width, windows.shape[4], stride, windows)
-    return hsi.add_windows(windows, stride)[:, :height, :width] / covers
+    covers = windows_of.coverage(height, width, windows.shape[4], stride, windows)
+    return windows_of.add_windows(windows, stride)[:, :height, :width] / covers
 
 
 @pytest.mark.parametrize("side", [(8, 8), (9, 14), (20, 33), (5, 40)])
 @pytest.mark.parametrize("window, stride", [(8, 6), (8, 8), (4, 3)])
 def test_merged_windows_give_back_the_image_and_their_gradient_is_right(side, window, stride):
     x = torch.randn(2, *side, 3, dtype=torch.float64, requires_grad=True)
-    windows = hsi.extract_windows(x, window, stride)
+    windows = windows_of.extract_windows(x, window, stride)
     torch.testing.assert_close(mean_of_windows(windows, *side, stride), x)
     assert windows.shape[4:6] == (window, window)
 
@@ -223,7 +224,8 @@ def test_merged_windows_give_back_the_image_and_their_gradient_is_right(side, wi
 def test_window_merge_gradcheck():
     x = torch.randn(1, 5, 7, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda t: mean_of_windows(torch.tanh(hsi.extract_windows(t, 4, 3)).pow(2), 5, 7, 3), x
+        lambda t: mean_of_windows(torch.tanh(windows_of.extract_windows(t, 4, 3)).pow(2), 5, 7, 3),
+        x,
     )
 
 
@@ -243,7 +245,9 @@ def test_window_padding_is_masked():
             h, w = part.shape[1:3]
             table = attention.table.view(2, 8, 8, -1)[:, :h, :w].flatten(1, 2)
             q, k, v = part.reshape(1, h * w, 3, 2, 8).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(hsi.rotate(q, table), hsi.rotate(k, table), v)
+            y = F.scaled_dot_product_attention(
+                windows_of.rotate(q, table), windows_of.rotate(k, table), v
+            )
             out[top : top + 8, left : left + 8] += y.transpose(1, 2).reshape(h, w, 16)
             covers[top : top + 8, left : left + 8] += 1
     torch.testing.assert_close(attention(x)[0], out / covers)

@@ -2,6 +2,7 @@
 wrote; and the training loss."""
 
 import pickle
+import shutil
 
 import h5py
 import numpy as np
@@ -400,3 +401,37 @@ def test_bad_floor_and_shapes_of_the_loss_are_errors():
         MSTPlusPlusLoss(0)
     with pytest.raises(ValueError, match="differ in shape"):
         MSTPlusPlusLoss()(torch.zeros(2, 31, 4, 4), torch.zeros(1, 31, 4, 4))
+
+
+# --- a second set
+
+
+def test_a_second_set_has_a_share_of_each_batch_that_falls_to_none(staged, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(staged, other)
+    for path in (other / "train").glob("*.cube.npy"):
+        np.save(path, np.full_like(np.load(path), 7))  # nothing of the first set is 7
+    settings = {"batch_size": 8, "iterations_per_epoch": 40, "mix_root": str(other)}
+    made = config(staged, mix_share=0.5, mix_until=80, **settings)
+    loader = train_loader(made)
+    counts = []
+    for epoch in (0, 1, 2):
+        found = epoch_of(loader, epoch)
+        counts += [int((batch.cube == 7).all(dim=(1, 2, 3)).sum()) for batch in found]
+        assert all(len(batch.rgb) == 8 for batch in found)
+    assert np.mean(counts[:20]) == pytest.approx(0.4375 * 8, abs=0.4)
+    assert np.mean(counts[40:60]) == pytest.approx(0.1875 * 8, abs=0.4)
+    assert counts[80:] == [0] * 40
+    again = train_loader(made)
+    assert same(epoch_of(again, 1, 5), epoch_of(loader, 1, 5))
+    plain = train_loader(config(staged, batch_size=8, iterations_per_epoch=40))
+    mixed, alone = epoch_of(loader, 0)[0], epoch_of(plain, 0)[0]
+    kept = 8 - counts[0]
+    assert torch.equal(mixed.cube[-kept:], alone.cube[-kept:])  # the first set's order stays
+
+
+def test_a_second_set_of_another_kind_is_refused(staged, staged16):
+    with pytest.raises(UserError, match="--mix_root .* differs from .* in its RGB type"):
+        train_loader(config(staged, mix_root=str(staged16)))
+    with pytest.raises(UserError, match="--mix_share 1.0"):
+        config(staged, mix_share=1.0)

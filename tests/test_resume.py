@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,3 +267,89 @@ def test_torchrun_trains_on_two_ranks_and_shows_their_error(trainer, raw_arad, t
         done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
         assert (done.returncode == 0) == good
         assert good or "missing" in done.stderr
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_another_memory_layout_goes_on_with_the_same_steps(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path)
+    stop_after(run, 3)
+    assert run.train() == 75
+    shutil.copytree(tmp_path / "run", tmp_path / "same" / "run")
+    weights = []
+    for flag, folder in (("", tmp_path / "same"), ("--no-use_channels_last", tmp_path)):
+        more = ["--resume_from", "auto", *flag.split()]
+        run = make_run(trainer, raw_arad, folder, *more)
+        for parameter, moments in parts(run)[2].state.items():
+            assert moments["exp_avg"].stride() == parameter.stride()
+        assert run.train() == 0
+        weights.append(parts(run)[0].state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=1e-5)
+
+
+# --- a start from weights
+
+
+def start_from(trainer, data, out, path, *more):
+    return make_run(trainer, data, out, "--init_from", path, *more)
+
+
+@pytest.fixture
+def trained(trainer, raw_arad, tmp_path):
+    """A folder with a run's files, best.safetensors among them."""
+    run = make_run(trainer, raw_arad, tmp_path / "first", "--epochs", 1)
+    assert run.train() == 0
+    return tmp_path / "first" / "run"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("file", ["last.ckpt", "best.safetensors"])
+def test_a_run_starts_from_weights_with_a_fresh_optimizer(
+    trainer, file, trained, raw_arad, tmp_path, capsys
+):
+    run = start_from(trainer, raw_arad, tmp_path, trained / file, "--epochs", 1)
+    said = capsys.readouterr().out
+    assert f"starts from {trained / file}; its loss on training patches" in said
+    state = common.read_checkpoint(trained / file)
+    weights = state["ema"] or state["state_dict"]
+    mine = parts(run)[0].state_dict()
+    others = [key for key in mine if not key.startswith(("head.direct", "head.consistency"))]
+    assert_same({key: mine[key] for key in others}, {key: weights[key] for key in others})
+    kept = torch.equal(mine["head.direct.weight"], weights["head.direct.weight"])
+    assert kept == (", not kept" in said)
+    assert not parts(run)[2].state and run.step == 0 and run.best == float("inf")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_start_on_other_bands_makes_their_parts_anew(trainer, trained, tmp_path, capsys):
+    data = write_raw_arad(tmp_path / "raw", bands=28)
+    run = start_from(trainer, data, tmp_path, trained / "last.ckpt", "--epochs", 1)
+    said = capsys.readouterr().out
+    assert "another number of bands: direct path, basis and camera are new" in said
+    assert said.rstrip().endswith("run") and ", kept" in said  # a random path is no start
+    assert parts(run)[0].config.out_channels == 28 and run.train() == 0
+
+
+def test_a_start_from_another_model_is_one_line(raw_arad, tmp_path):
+    hsi, sharp = TRAINERS
+    assert make_run(hsi, raw_arad, tmp_path / "a", "--epochs", 1).train() == 0
+    last = tmp_path / "a" / "run" / "last.ckpt"
+    with pytest.raises(UserError, match=f"--init_from {last}: holds hsifusion, this trains sharp"):
+        start_from(sharp, raw_arad, tmp_path / "b", last)
+    with pytest.raises(UserError, match=f"--init_from {last}: weights do not fit"):
+        start_from(hsi, raw_arad, tmp_path / "b", last, "--base_channels", 32)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_best_value_belongs_to_one_data_set_and_one_folder(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path)
+    stop_after(run, 7)  # after the first validation
+    assert run.train() == 75 and run.best < float("inf")
+    last = tmp_path / "run" / "last.ckpt"
+    same = make_run(trainer, raw_arad, tmp_path, "--resume_from", last)
+    assert same.best == run.best
+    elsewhere = make_run(trainer, raw_arad, tmp_path / "other", "--resume_from", last)
+    assert elsewhere.best == float("inf") and not elsewhere.best_metrics
+    moved = shutil.copytree(raw_arad, tmp_path / "other data")
+    assert make_run(trainer, moved, tmp_path, "--resume_from", last).best == float("inf")
+    assert elsewhere.train() == 0 and (tmp_path / "other" / "run" / "best.ckpt").exists()

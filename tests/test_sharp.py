@@ -296,7 +296,7 @@ def test_rms_norm_normalises_channels_and_follows_every_weight_update():
 def test_rbf_features_have_a_useful_size_and_differ(width):
     torch.manual_seed(0)
     rbf = RBFProjection(2, width, 32, "linear")
-    features = rbf.features(F.rms_norm(torch.randn(1, 2, 500, width), (width,)))
+    (features,) = rbf.features(F.rms_norm(torch.randn(1, 2, 500, width), (width,)))
     assert 0.05 < features.mean() < 0.5 and features.std() > 0.03 and features.max() <= 1.0
 
 

@@ -6,18 +6,22 @@ import importlib
 import json
 import os
 import pickle
+import re
 
 import h5py
 import numpy as np
 import pytest
 import standin_model
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import common_utils_v32 as common
 import sharp_inference as inference
-from cube_files import read_cube, read_photo
+from camera_colour import cube_to_srgb, linear_light
+from cube_files import read_cube
 from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
+from photo_files import read_photo
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +158,7 @@ def test_images_smaller_than_the_models_least_input_are_padded_and_cut_back(
 
 @pytest.mark.parametrize(
     "mode, remark",
-    [("L", "grey"), ("RGBA", "alpha"), ("I;16", "16 bit"), ("P", "RGB"), ("CMYK", "RGB")],
+    [("L", "grey"), ("RGBA", "alpha"), ("I;16", "grey"), ("P", "RGB"), ("CMYK", "RGB")],
 )
 def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mode, remark):
     pixels = photo(tmp_path / "rgb.png")
@@ -162,10 +166,10 @@ def test_other_image_modes_are_handled_and_said(tmp_path, checkpoint, capsys, mo
         Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "a.tif")
     else:
         Image.fromarray(pixels).convert(mode).save(tmp_path / "a.tif")
-    rgb, _ = read_photo(tmp_path / "a.tif", tmp_path)
+    rgb, _, _ = read_photo(tmp_path / "a.tif", tmp_path)
     if mode in ("L", "I;16"):
         assert (rgb == rgb[..., :1]).all()
-    if mode in ("RGBA", "I;16"):
+    if mode == "RGBA":
         assert (rgb[..., 0] == pixels[..., 0]).all()
     run("--checkpoint", checkpoint, "--input", tmp_path / "a.tif", "--output", tmp_path / "a.npy")
     assert remark in capsys.readouterr().out
@@ -175,7 +179,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (90, 70)).save(tmp_path / "a.jpg", exif=exif)
-    rgb, remarks = read_photo(tmp_path / "a.jpg", tmp_path)
+    rgb, remarks, _ = read_photo(tmp_path / "a.jpg", tmp_path)
     assert rgb.shape == (90, 70, 3) and any("EXIF" in remark for remark in remarks)
 
 
@@ -460,3 +464,84 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
         and facts["onnx_difference"] < 1e-4
     )
     assert "405" in (tmp_path / "art/README.md").read_text()
+
+
+# --- without a checkpoint, and from Python
+
+
+def test_a_photo_alone_takes_the_weights_that_ship(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # the real models
+    pixels = photo(tmp_path / "a.jpg", (80, 96))
+    run("--input", tmp_path / "a.jpg", "--output", tmp_path / "a.npy", "--check-rgb", "--preview")
+    said = capsys.readouterr().out
+    assert "the weights that ship" in said and "RGB srgb, unit" in said
+    assert re.search(r"rendered back through camera srgb: mean [0-9.]+ %.*delta E 2000", said)
+    assert "without camera consistency mean" in said
+    assert Image.open(tmp_path / "a_round_trip.png").size == (3 * 96, 80)
+    assert pixels.shape == (80, 96, 3)
+    from sharp_inference import load_model, predict_image
+
+    stored = np.asarray(Image.open(tmp_path / "a.jpg"))
+    cube, wavelengths = predict_image(load_model(), stored)
+    assert cube.shape == (31, 80, 96) and wavelengths == [float(nm) for nm in range(400, 701, 10)]
+    np.testing.assert_allclose(cube, np.load(tmp_path / "a.npy"), atol=1e-6)
+    deep, _ = predict_image(load_model(), stored.astype(np.uint16) * 257)
+    np.testing.assert_allclose(deep, cube, atol=1e-4)
+    with pytest.raises(ValueError, match="must be .H, W, 3. uint8 or uint16"):
+        predict_image(load_model(), stored.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["hsifusion", "sharp"])
+def test_the_weights_that_ship_give_back_the_photos_colours(kind, monkeypatch):
+    """A cube means: in daylight it looks like the photo."""
+    monkeypatch.undo()
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(30, 220, (8, 8, 3)), np.ones((12, 12, 1))).astype(np.uint8)
+    path = ROOT / "weights" / f"{kind}_tiny_srgb.safetensors"
+    assert path.stat().st_size < 3e6
+    model = inference.load_model(str(path))
+    assert (model.encoding, model.rgb_norm, model.data["camera"]) == ("srgb", "unit", "srgb")
+    cube, nm = inference.predict_image(model, pixels)
+    seen = cube_to_srgb(cube.transpose(1, 2, 0), nm)
+    assert np.abs(seen.astype(int) - pixels).mean() < 6
+
+
+def test_a_linear_checkpoint_warns_of_an_ordinary_photo(tmp_path, checkpoint, capsys):
+    exif = Image.Exif()
+    exif[271] = "Some Maker"
+    Image.new("RGB", (90, 70), (90, 80, 70)).save(tmp_path / "a.jpg", exif=exif)
+    write_cube_of(checkpoint, tmp_path / "a.jpg", tmp_path / "a.npy")
+    assert "WARNING: its EXIF names a camera, so it is sRGB" in capsys.readouterr().out
+
+
+def test_the_encoding_is_the_checkpoints_or_asked_for(tmp_path, checkpoint):
+    state = common.read_checkpoint(checkpoint)
+    state["data"].pop("rgb_encoding", None)
+    common.save_checkpoint(tmp_path / "old.ckpt", state)
+    pixels = photo(tmp_path / "a.png")
+    write_cube_of(
+        tmp_path / "old.ckpt", tmp_path / "a.png", tmp_path / "a.npy", "--rgb_encoding", "srgb"
+    )
+    light = linear_light(pixels)
+    light = (light - light.min()) / (light.max() - light.min())
+    with torch.no_grad():
+        want = standin_model.create("tiny")(torch.from_numpy(light).permute(2, 0, 1)[None])[0]
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), want, atol=1e-5)
+    state["data"]["rgb_encoding"] = "linear"
+    common.save_checkpoint(tmp_path / "new.ckpt", state)
+    with pytest.raises(common.UserError, match="was trained with --rgb_encoding linear"):
+        write_cube_of(
+            tmp_path / "new.ckpt", tmp_path / "a.png", tmp_path / "b.npy", "--rgb_encoding", "srgb"
+        )
+
+
+def test_what_a_folder_holds_and_is_not_read_is_listed(tmp_path, checkpoint, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("b.heic", "c.MOV", "d.cr2", "._a.png", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    with pytest.raises(common.UserError, match="in: no image in it"):
+        write_cube_of(checkpoint, tmp_path / "in", tmp_path / "out")
+    photo(tmp_path / "in" / "a.png")
+    write_cube_of(checkpoint, tmp_path / "in", tmp_path / "out")
+    assert "not read: b.heic, c.MOV, d.cr2" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npy"]

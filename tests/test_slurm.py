@@ -19,7 +19,7 @@ import common_utils_v32 as common
 TEMPLATES = ("train_job_HSI.sh", "train_job_SHARP.sh")
 SCRIPTS = (*TEMPLATES, "tests/slurm/setup.sh", ".ci/run")
 SETUP = ROOT / "tests" / "slurm" / "setup.sh"
-STEPS = 40
+STEPS = 100
 TINY = {
     "train_job_HSI.sh": [
         "--base_channels",

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from training_helpers import (
     DROP,
     TRAINERS,
     after_step,
+    arguments,
     assert_same,
     checkpoint,
     make_run,
@@ -24,6 +26,7 @@ from training_helpers import (
 
 import common_utils_v32 as common
 from common_utils_v32 import UserError
+from compute_devices import Ranks
 from spectral_evaluation import mrae
 from spectral_layers import fit_linear_spectral_path
 
@@ -316,3 +319,37 @@ def test_config_file_gives_defaults_and_the_command_line_wins(trainer, tmp_path,
     monkeypatch.setenv("HSI_DATA_DIR", "/elsewhere")
     assert common.parse_dataclass(module.Settings, []).data_root == "/elsewhere"
     assert common.parse_dataclass(module.Settings, ["--no-use-amp"]).use_amp is False
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_workers_run_before_ranks_meet(trainer, raw_arad, tmp_path, monkeypatch):
+    """A fork after NCCL has started may hang."""
+    seen, before = [], len(psutil.Process().children())
+
+    def count_children(ranks, device):
+        seen.append(len(psutil.Process().children()) - before)
+
+    monkeypatch.setattr(Ranks, "join", count_children)
+    run = make_run(trainer, raw_arad, tmp_path, "--num_workers", 2, "--memory_mode", "lazy")
+    assert seen == [2]
+    run.train_loader.set_position(0, 3)
+    assert len(list(run.train_loader)) == 2
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_training_step_out_of_memory_is_one_line(trainer, raw_arad, tmp_path, monkeypatch):
+    module, flags = importlib.import_module(trainer), arguments(trainer, raw_arad, tmp_path)
+
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sys, "argv", [trainer, *flags])
+    monkeypatch.setattr(module, "prepare_batch", too_much)
+    with pytest.raises(common.UserError, match="out of memory on cpu: lower --batch_size"):
+        module.main()
+
+
+def test_a_mixture_of_experts_is_not_compiled(raw_arad, tmp_path):
+    with pytest.raises(common.UserError, match="--compile_model: each of --use_moe"):
+        flags = ("--use_moe", "--compile_model")
+        make_run("hsifusion_training", raw_arad, tmp_path, *flags)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common_utils_v32 import Ranks, UserError
+from common_utils_v32 import UserError
+from compute_devices import Ranks
 from training_runs import RunFolder, RunLog, check_resumed_data, rng_state, set_rng_state
 
 FACTS = {"rgb_norm": "unit", "rgb_dtype": "uint8", "rgb_encoding": "linear", "wavelengths": [400.0]}

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 import common_utils_v32 as common
-from common_utils_v32 import Ranks
+from compute_devices import Ranks
 from training_runs import RunFolder
 
 SMALL = {

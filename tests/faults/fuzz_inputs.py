@@ -20,7 +20,7 @@ import dataset_setup
 import hsifusion_training
 import sharp_inference
 from checkpoint_files import save_checkpoint, save_weights
-from common_utils_v32 import Ranks
+from compute_devices import Ranks
 from frame_prediction import LoadOptions, load_model
 from optimized_dataloader import DataConfig, create_optimized_dataloaders, prepare_batch
 

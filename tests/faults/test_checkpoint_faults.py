@@ -14,6 +14,7 @@ from conftest import ROOT
 from training_helpers import TRAINERS, checkpoint, make_run, stop_after
 
 import common_utils_v32 as common
+import compute_devices as devices
 from checkpoint_files import load_weights, read_checkpoint, save_checkpoint, save_weights
 from common_utils_v32 import UserError
 from training_runs import STOPPED, RunFolder
@@ -70,10 +71,10 @@ def test_an_archive_that_grows_when_read_is_refused_unread(tmp_path):
         for part in source.infolist():
             bomb.writestr(part.filename, source.read(part))
     assert (tmp_path / "bomb.ckpt").stat().st_size < 200_000
-    before = common.memory_gb(torch.device("cpu"))
+    before = devices.memory_gb(torch.device("cpu"))
     with pytest.raises(UserError, match="bomb.ckpt: refused"):
         read_checkpoint(tmp_path / "bomb.ckpt")
-    assert common.memory_gb(torch.device("cpu")) - before < 0.05
+    assert devices.memory_gb(torch.device("cpu")) - before < 0.05
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod." * 3])

@@ -10,7 +10,8 @@ from conftest import read_index, run_setup, write_index, write_raw_arad
 from training_helpers import TRAINERS, make_run
 
 import scene_folders
-from common_utils_v32 import Ranks, UserError, read_json
+from common_utils_v32 import UserError, read_json
+from compute_devices import Ranks
 from scene_folders import FileCheck, StagedScenes, find_scenes
 
 

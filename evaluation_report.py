@@ -1,0 +1,196 @@
+"""One HTML page of an evaluation: opens from disk without a network, pictures and numbers inside.
+
+    write_report(Path("results"), summaries, folders, stress)      # -> results/report.html
+
+The page is report_page/template.html with report_page/report.js; here its data are gathered from
+what the evaluation wrote: summaries, metrics/, hsi/, photos/ and scale/ of each model's folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from camera_colour import cube_to_srgb
+from common_utils_v32 import read_json, to_json, write_text
+from spectral_evaluation import HEADLINE
+from training_runs import environment_record
+
+PAGE = Path(__file__).parent / "report_page"
+SHOWN = 10  # scenes with pictures and spectra, of all models together
+GRID = 128  # pixels a side whose spectra can be looked at
+LEVELS = 4096  # of a value in a spectrum
+PICTURE = 420  # pixels, longer side
+FLOOR = 0.01  # of the relative error that the map shows
+CURVED = ("mrae", "rmse")  # per-band curves
+
+
+def write_report(
+    output: Path, summaries: list[dict], folders: list[Path], stress: list[dict]
+) -> Path:
+    """Write <output>/report.html; -> its path.
+
+    summaries: of `summarise`, one for each model, and the folders of their scenes. stress: rows of
+    the stress report, or none."""
+    first, each = summaries[0], max(2, SHOWN // len(summaries))
+    models, rows = [], []
+    for summary, folder in zip(summaries, folders, strict=True):
+        records = [read_json(path) for path in sorted((folder / "metrics").glob("*.json"))]
+        records.sort(key=lambda record: record["mrae"])
+        rows += [
+            [summary["name"], record["scene_id"], *(record[key] for key in HEADLINE)]
+            for record in records
+        ]
+        models.append(_model(summary, folder, _chosen(records, each)))
+    border = f"{first['border']} px of border left out, MRAE floor {first['metric_floor']:g}"
+    data = {
+        "title": f"Evaluation of {', '.join(summary['name'] for summary in summaries)}",
+        "about": f"{first['scenes']} scenes of {first['split']} ({first['data_root']}); {border}",
+        "headline": {"head": ["model", *HEADLINE], "rows": [_headline(s) for s in summaries]},
+        "scenes": {"head": ["model", "scene", *HEADLINE], "rows": rows},
+        "stress": {
+            "head": list(stress[0]) if stress else [],
+            "rows": [list(row.values()) for row in stress],
+        },
+        "models": models,
+        "levels": LEVELS,
+        "settings": _settings(summaries),
+    }
+    page = (PAGE / "template.html").read_text(encoding="utf-8")
+    script = (PAGE / "report.js").read_text(encoding="utf-8")
+    inside = to_json(data).replace("</", "<\\/")  # "</" would end the script element early
+    page = page.replace("__SCRIPT__", script).replace("__DATA__", inside)
+    write_text(output / "report.html", page)
+    return output / "report.html"
+
+
+def _headline(summary: dict) -> list[str]:
+    cells = [summary["name"]]
+    for key in HEADLINE:
+        low, high = summary["interval_95"][key]
+        cells.append(f"{summary['mean'][key]:.4f} ({low:.4f} to {high:.4f})")
+    return cells
+
+
+def _settings(summaries: list[dict]) -> str:
+    shown = []
+    for summary in summaries:
+        shown.append({k: v for k, v in summary.items() if isinstance(v, (str, int, float))})
+    return json.dumps({"models": shown, "environment": environment_record()}, indent=2)
+
+
+def _chosen(records: list[dict], count: int) -> list[tuple[str, dict]]:
+    """(why, record) of the best, the worst, and others between them, evenly by their error."""
+    places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
+    chosen = []
+    for place in dict.fromkeys(places.tolist()):
+        why = f"{place + 1} of {len(records)}"
+        if place in (0, len(records) - 1):
+            why = "best" if place == 0 else "worst"
+        chosen.append((why, records[place]))
+    return chosen
+
+
+def _model(summary: dict, folder: Path, chosen: list[tuple[str, dict]]) -> dict[str, Any]:
+    per_band = {key: summary["per_band"][key] for key in CURVED}
+    return {
+        "name": summary["name"],
+        "wavelengths": summary["wavelengths"],
+        "per_band": per_band,
+        "calibration": summary.get("calibration"),
+        "learning": _learning(Path(summary["checkpoint"]).parent / "metrics.jsonl"),
+        "shown": [_scene(folder, summary, why, record) for why, record in chosen],
+    }
+
+
+def _learning(path: Path) -> dict[str, list]:
+    """Steps and MRAE of the validations in the log beside a checkpoint."""
+    steps, values = [], []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["kind"] == "val":
+                steps.append(row["step"])
+                values.append(row["mrae"])
+    return {"steps": steps, "mrae": values}
+
+
+# --- a scene
+
+
+def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any]:
+    name = record["scene_id"]
+    predicted = np.load(folder / "hsi" / f"{name}.npy", mmap_mode="r")
+    measured = np.load(folder / "hsi" / f"{name}_target.npy", mmap_mode="r")
+    small, truth = _sample(predicted, GRID), _sample(measured, GRID)
+    top = float(max(small.max(), truth.max(), 1e-6))
+    error, error_top = _error_map(_sample(predicted, PICTURE), _sample(measured, PICTURE))
+    scene = {
+        "name": name,
+        "why": why,
+        "mrae": record["mrae"],
+        "height": predicted.shape[1],
+        "width": predicted.shape[2],
+        "grid": small.shape[1:],
+        "top": top,
+        "photo": _photo(folder / "photos" / f"{name}.jpg"),
+        "rendered": _picture(_as_seen(_sample(predicted, PICTURE), summary["wavelengths"])),
+        "error": error,
+        "error_top": error_top,
+        "predicted": _packed(small, top),
+        "measured": _packed(truth, top),
+    }
+    scale = folder / "scale" / f"{name}.npy"
+    if scale.exists():
+        scene["scale"] = _packed(_sample(np.load(scale, mmap_mode="r"), GRID), top)
+    return scene
+
+
+def _sample(cube: np.ndarray, most: int) -> np.ndarray:
+    """The pixels of a cube (bands, H, W) at the middles of an even grid, `most` a side or fewer."""
+    places = []
+    for side in cube.shape[1:]:
+        count = min(side, most)
+        places.append(((np.arange(count) + 0.5) * side / count).astype(int))
+    return np.asarray(cube[:, places[0]][:, :, places[1]])
+
+
+def _packed(cube: np.ndarray, top: float) -> str:
+    """Values from 0 to `top` in LEVELS steps, as differences from band to band, which are small:
+    uint16, deflated, base64."""
+    steps = np.rint(np.clip(cube / top, 0, 1) * (LEVELS - 1)).astype("<u2")
+    steps[1:] -= steps[:-1].copy()
+    return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
+
+
+def _as_seen(cube: np.ndarray, wavelengths: list[float]) -> np.ndarray:
+    return cube_to_srgb(cube.transpose(1, 2, 0), wavelengths)
+
+
+def _error_map(predicted: np.ndarray, measured: np.ndarray) -> tuple[str, float]:
+    """A picture of the relative error of each pixel, and the error at its bright end."""
+    from matplotlib import colormaps
+
+    error = np.mean(np.abs(predicted - measured) / np.maximum(measured, FLOOR), axis=0)
+    top = float(np.quantile(error, 0.98)) or 1.0
+    colours = colormaps["cividis"](np.clip(error / top, 0, 1))[..., :3]
+    return _picture(np.rint(colours * 255).astype(np.uint8)), top
+
+
+def _photo(path: Path) -> str:
+    with Image.open(path) as image:
+        image.thumbnail((PICTURE, PICTURE))
+        return _picture(np.asarray(image.convert("RGB")))
+
+
+def _picture(pixels: np.ndarray) -> str:
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

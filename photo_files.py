@@ -1,0 +1,172 @@
+"""Photos as cameras and people save them: every bit depth kept, colour profiles converted, upright.
+
+photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+from common_utils_v32 import UserError
+from cube_files import allocate_array, release
+from file_claims import open_image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".pef", ".srw")
+# Photos and films that are in folders of them, and are not read.
+NOT_READ = (*RAW_SUFFIXES, ".heic", ".heif", ".avif", ".gif", ".mp4", ".mov", ".avi", ".mkv")
+STRIP = 1024  # rows that are converted at a time
+EXIF_ORIENTATION, EXIF_MAKER, TIFF_DNG_VERSION = 274, 271, 50706
+TWELVE_BITS, SIXTEEN_BITS = 4095, 65535
+
+
+class Photo(NamedTuple):
+    """What was read, and what was changed to make it so."""
+
+    rgb: np.ndarray  # (H, W, 3) uint8, or uint16 of a deep file
+    remarks: list[str]
+    ordinary: str = ""  # why it looks like a camera's own sRGB photo
+
+
+def read_photo(path: Path, work: Path) -> Photo:
+    """An image file or .npy. Big ones are mapped to a file in the folder `work`."""
+    refuse_unreadable(path)
+    if path.suffix == ".npy":
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        kinds = (np.uint8, np.uint16)
+        if stored.dtype not in kinds or stored.ndim != 3 or stored.shape[2] != 3:
+            raise UserError(
+                f"expected (H, W, 3) uint8 or uint16, found {stored.shape} {stored.dtype}"
+            )
+        return Photo(stored, [])
+    with open_image(path) as image:
+        deep = _is_deep(image)  # before its EXIF is asked for, which may load the pixels
+        if image.mode == "F":
+            raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")
+        if TIFF_DNG_VERSION in getattr(image, "tag_v2", ()):
+            raise UserError(f"{path}: {_RAW_ADVICE}")
+        remarks, ordinary = _remarks(image), _looks_ordinary(image)
+        rgb = _deep_pixels(path) if deep else None
+        if rgb is None:
+            rgb = _shallow_pixels(image, work, remarks)
+        elif _profile(image) is not None:
+            remarks.append(f"colour profile {_profile_name(image)} left as it is, at 16 bits")
+    if rgb.dtype == np.uint16 and 255 < rgb.max() <= TWELVE_BITS:
+        remarks.append("taken as 12 bits: no value is above 4095")
+        rgb = (rgb.astype(np.uint32) * SIXTEEN_BITS // TWELVE_BITS).astype(np.uint16)
+    return Photo(rgb, remarks, ordinary)
+
+
+_RAW_ADVICE = "a camera raw file; develop it to a TIFF or PNG first, or give the camera's JPEG"
+
+
+def refuse_unreadable(path: Path) -> None:
+    """UserError for kinds of files that are no photo to read, by name."""
+    suffix = path.suffix.lower()
+    if suffix in RAW_SUFFIXES:
+        raise UserError(f"{path}: {_RAW_ADVICE}")
+    if suffix in NOT_READ:
+        raise UserError(f"{path}: {suffix[1:].upper()} is not read; convert it to JPEG or PNG")
+
+
+def _shallow_pixels(image: ImageFile.ImageFile, work: Path, remarks: list[str]) -> np.ndarray:
+    """(H, W, 3) uint8, upright, in sRGB where a colour profile says what it is in."""
+    upright: Image.Image = ImageOps.exif_transpose(image) if _is_turned(image) else image
+    profile = _profile(image)
+    convert = None
+    if profile is not None and upright.mode in ("RGB", "RGBA"):
+        kind = upright.mode
+        convert = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), kind, "RGB")
+        remarks.append(f"colour profile {_profile_name(image)} converted to sRGB")
+    rgb = allocate_array((upright.height, upright.width, 3), np.uint8, work)
+    for top in range(0, upright.height, STRIP):
+        bottom = min(top + STRIP, upright.height)
+        strip = upright.crop((0, top, upright.width, bottom))
+        converted = ImageCms.applyTransform(strip, convert) if convert else strip.convert("RGB")
+        assert converted is not None  # it is one only where it changes the image in place
+        rgb[top:bottom] = np.asarray(converted)
+        release(rgb)
+    return rgb
+
+
+# --- 16 bits
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Of 16-bit RGB, Pillow gives the high bytes: only the mode of the stored tiles tells."""
+    return image.mode.startswith("I") or ";16" in str(image.tile)
+
+
+def _deep_pixels(path: Path) -> np.ndarray | None:
+    """(H, W, 3) uint16, upright; None where the file's coding gives its high bytes alone."""
+    with open_image(path) as image:
+        if image.mode.startswith("I"):
+            grey = ImageOps.exif_transpose(image)
+            return np.repeat(np.asarray(grey).astype(np.uint16)[..., None], 3, axis=2)
+        high = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
+    with open_image(path) as image:
+        tiles = []
+        for tile in image.tile:
+            swapped = _low_bytes(str(tile.args if isinstance(tile.args, str) else tile.args[0]))
+            if swapped is None:
+                return None
+            args = swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])
+            tiles.append(tile._replace(args=args))
+        image.tile = tiles
+        low = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
+    return high.astype(np.uint16) << 8 | low
+
+
+def _low_bytes(mode: str) -> str | None:
+    """The mode that reads the other byte of each value: that of the other byte order."""
+    if mode.endswith(";16B"):
+        return mode[:-1] + "L"
+    return mode[:-1] + "B" if mode.endswith(";16L") else None
+
+
+# --- what a file says of itself
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(EXIF_ORIENTATION, 1) != 1
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """Its colour profile, where it has one that is not sRGB."""
+    stored = image.info.get("icc_profile")
+    if not stored:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(stored))
+        name = ImageCms.getProfileDescription(profile)
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    return None if "sRGB" in name else profile
+
+
+def _profile_name(image: Image.Image) -> str:
+    profile = _profile(image)
+    return ImageCms.getProfileDescription(profile).strip() if profile is not None else "sRGB"
+
+
+def _looks_ordinary(image: Image.Image) -> str:
+    """What tells that a camera made this photo, gamma and all; empty where nothing does."""
+    if image.getexif().get(EXIF_MAKER):
+        return "its EXIF names a camera"
+    return "it has a colour profile" if image.info.get("icc_profile") else ""
+
+
+def _remarks(image: ImageFile.ImageFile) -> list[str]:
+    remarks = []
+    if _is_turned(image):
+        remarks.append("turned as its EXIF says")
+    if "A" in image.mode or "transparency" in image.info:
+        remarks.append("alpha dropped")
+    if image.mode.startswith(("I", "1", "L")):
+        remarks.append("grey repeated into R, G and B")
+    return remarks
