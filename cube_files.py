@@ -90,7 +90,7 @@ def _what_helps(error: Exception, reason: str) -> str:
         return "pip install imagecodecs"
     if "filter" in reason or "plugin" in reason:
         return "save it without compression or with gzip"
-    if "allow_pickle" in reason:
+    if "allow_pickle" in reason or "Python objects" in reason:
         return "save plain arrays: Python objects are never loaded"
     if isinstance(error, OSError) and error.errno:
         return "see that its disk can be read"
@@ -238,7 +238,8 @@ def read_stored(
             stored, stated, facts = read_tiff(path)
             axes = axes or stated
         elif suffix == ".npy":
-            stored = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing is taken on trust
+            # Mapped first: the size that its header claims is not taken on trust.
+            stored = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         elif suffix in ARRAY_SUFFIXES:
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
