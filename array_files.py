@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from common_utils_v32 import UserError
+from file_claims import check_claims
 
 CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data", "datacube")
 BAND_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl", "centers", "wavelengths_nm")
@@ -74,6 +75,7 @@ def open_arrays(path: Path, only: tuple[str, ...] = ()) -> Iterator[dict[str, An
     those of HDF5 are read when indexed. Where it saves reading, `only` these names in small
     letters."""
     found: dict[str, Any] = {}
+    check_claims(path)
     if path.suffix.lower() == ".npz":
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in file.files if not only or leaf(name) in only]

@@ -11,8 +11,10 @@ import io
 import json
 import os
 import re
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from common_utils_v32 import UserError, atomic_write, to_json
 
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # what DDP and torch.compile put before names
+LARGEST = 2**16  # number in a model's configuration
 DIGEST = "sha256"  # of weights and metadata, in the metadata of a .safetensors file
 
 
@@ -97,14 +100,22 @@ def read_checkpoint(path: str | Path) -> dict:
     if "state_dict" not in state:  # bare weights
         state = {"state_dict": state}
     state = {"model": None, "model_config": {}, "ema": None, "data": {}} | state
-    weights: Any = state["state_dict"]
-    if not isinstance(weights, dict) or not weights:
+    if not _are_weights(state["state_dict"]):
         raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: holds no model weights")
-    if not all(isinstance(state[key] or {}, dict) for key in ("model_config", "ema", "data")):
-        raise UserError(f"{path}: damaged, its configuration is not a table of settings")
+    if state["ema"] is not None and not _are_weights(state["ema"]):
+        raise UserError(f"{path}: damaged, its averaged weights are none")
+    kinds = {"model": str, "model_config": dict, "data": dict}
+    for key, kind in kinds.items():
+        if state[key] is not None and not isinstance(state[key], kind):
+            raise UserError(f"{path}: damaged, its {key} is a {type(state[key]).__name__}")
     return state
+
+
+def _are_weights(found: Any) -> bool:
+    if not isinstance(found, dict) or not found:
+        return False
+    named = all(isinstance(name, str) for name in found)
+    return named and all(isinstance(value, Tensor) for value in found.values())
 
 
 def _read_torch(path: Path) -> Any:
@@ -170,15 +181,50 @@ def build_from_checkpoint(
     if state["model"] not in (kind, None) or not state["model_config"]:
         found = state["model"] or "bare weights"
         raise UserError(f"{path}: holds {found}, not a {kind} checkpoint with its configuration")
-    model = create(**state["model_config"])
-    averaged = state["ema"] if ema else None
-    load_weights(model, averaged or state["state_dict"], path)
+    weights = state["ema"] if ema and state["ema"] else state["state_dict"]
+    model = build_model(create, state["model_config"], weights, path)
+    load_weights(model, weights, path)
     return model
 
 
 def without_wrappers(weights: dict) -> dict:
     """A state dict's names without what DDP and torch.compile put before them."""
     return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+
+
+def build_model(
+    create: Callable[..., Model], config: dict, weights: dict, path: str | Path
+) -> Model:
+    """The model of a configuration, which may be a stranger's. UserError unless the weights are
+    such a model's: it is made without memory first, as a configuration may ask for any amount."""
+    try:
+        for value in config.values():
+            numbers = value if isinstance(value, (list, tuple)) else (value,)
+            if any(isinstance(number, int) and number > LARGEST for number in numbers):
+                raise ValueError(f"{value} is too large")
+        if sum(config.get("depths") or ()) > len(weights):
+            raise ValueError("it has more blocks than weights")
+        with torch.device("meta"):
+            trial = create(**config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is copied
+            load_weights(trial, weights, path)
+        return create(**config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its configuration does not fit the model: {reason}") from None
+
+
+@contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """What torch raises for states that are not a run's becomes one UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise UserError(
+            f"{path}: no run to go on from, damaged or of another version ({reason})"
+        ) from None
 
 
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:

@@ -47,6 +47,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError as error:
+        print(f"error: not enough memory ({' '.join(str(error).split())})", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

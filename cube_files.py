@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from einops import rearrange
-from PIL import Image
 
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
+from file_claims import open_image
 from raster_files import (
     ENVI_SUFFIXES,
     Facts,
@@ -90,7 +90,7 @@ def _what_helps(error: Exception, reason: str) -> str:
         return "pip install imagecodecs"
     if "filter" in reason or "plugin" in reason:
         return "save it without compression or with gzip"
-    if "allow_pickle" in reason:
+    if "allow_pickle" in reason or "Python objects" in reason:
         return "save plain arrays: Python objects are never loaded"
     if isinstance(error, OSError) and error.errno:
         return "see that its disk can be read"
@@ -140,7 +140,7 @@ def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
 def read_rgb(path: str | Path) -> np.ndarray:
     """An 8-bit image (JPEG, PNG, BMP) as (H, W, 3) uint8 RGB, pixels as stored."""
     path = Path(path)
-    with reading(path, "an RGB image"), Image.open(path) as image:
+    with reading(path, "an RGB image"), open_image(path) as image:
         if image.mode not in ("RGB", "RGBA", "P", "L"):
             raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
         return np.asarray(image.convert("RGB"))
@@ -238,7 +238,8 @@ def read_stored(
             stored, stated, facts = read_tiff(path)
             axes = axes or stated
         elif suffix == ".npy":
-            stored = np.load(path, allow_pickle=False)
+            # Mapped first: the size that its header claims is not taken on trust.
+            stored = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         elif suffix in ARRAY_SUFFIXES:
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
@@ -425,7 +426,7 @@ def _read_band_images(folder: Path) -> np.ndarray:
     channels agree)."""
     planes: list[np.ndarray] = []
     for path in band_images(folder):
-        with reading(path, "a band image"), Image.open(path) as image:
+        with reading(path, "a band image"), open_image(path) as image:
             plane = np.asarray(image)
         full_scale = np.float32(255 if plane.dtype == np.uint8 else 65535)
         if plane.ndim == 3:

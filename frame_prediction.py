@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoint_files import load_weights, read_checkpoint
+from checkpoint_files import build_model, load_weights, read_checkpoint
 from common_utils_v32 import UserError
 from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
@@ -44,6 +44,7 @@ MIN_SIDE = 64
 MAX_TILE = 1024  # px
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
+RGB_NORMS = ("per_image", "unit")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
@@ -115,14 +116,13 @@ def load_model(
     weights = "ema" if options.ema and checkpoint["ema"] else "raw"
     state = checkpoint["ema" if weights == "ema" else "state_dict"]
     kind, config = _identify(checkpoint, state, path, options)
-    module: Any = _build(kind, config, path, options)
+    module: Any = _build(kind, config, state, path, options)
     load_weights(module, state, path)
     bands = int(config.get("out_channels") or module.config.out_channels)
     facts = dict(checkpoint["data"] or {})
     facts["rgb_norm"] = _rgb_normalisation(facts.get("rgb_norm"), kind, path, options)
+    facts["wavelengths"] = _band_centres(facts.get("wavelengths"), bands, path)
     facts["rgb_encoding"] = _rgb_encoding(facts.get("rgb_encoding"), path, options)
-    known = facts.get("wavelengths") or np.linspace(*FIELD_RANGE, bands)
-    facts["wavelengths"] = [float(nm) for nm in known]
     module.to(device)
     module.to(memory_format=torch.channels_last)
     model = Loaded(
@@ -175,22 +175,33 @@ def _identify(
     return kind, config
 
 
-def _build(kind: str, config: dict, path: str, options: LoadOptions) -> nn.Module:
+def _build(kind: str, config: dict, state: dict, path: str, options: LoadOptions) -> nn.Module:
     if kind == RIVAL:
         return mst_plus_plus(options.mst_root)
     script, factory = FACTORIES[kind]
-    try:
-        module = getattr(importlib.import_module(script), factory)(**config)
-        channels = module.config.in_channels
-        if channels != 3:
-            raise ValueError(f"it takes {channels} channels, an image has 3")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its configuration does not fit {kind}: {error}") from None
+    module: Any = build_model(
+        getattr(importlib.import_module(script), factory), config, state, path
+    )
+    channels = module.config.in_channels
+    if channels != 3:
+        raise UserError(f"{path}: it takes {channels} channels, an image has 3")
     return module
 
 
-def _rgb_normalisation(recorded: str | None, kind: str, path: str, options: LoadOptions) -> str:
+def _band_centres(recorded: Any, bands: int, path: str) -> list[float]:
+    """nm, as recorded; else evenly over the field's range."""
+    if recorded is None:
+        return np.linspace(*FIELD_RANGE, bands).tolist()
+    numbers = isinstance(recorded, list) and all(isinstance(nm, (int, float)) for nm in recorded)
+    if not numbers or len(recorded) != bands or not all(0 < nm < 1e6 for nm in recorded):
+        raise UserError(f"{path}: damaged, its wavelengths are not {bands} in nm")
+    return [float(nm) for nm in recorded]
+
+
+def _rgb_normalisation(recorded: Any, kind: str, path: str, options: LoadOptions) -> str:
     asked = options.rgb_norm
+    if recorded is not None and (not isinstance(recorded, str) or recorded not in RGB_NORMS):
+        raise UserError(f"{path}: damaged, its rgb_norm is not {' or '.join(RGB_NORMS)}")
     norm = recorded or asked
     if norm is None and kind == RIVAL:
         norm = "per_image"

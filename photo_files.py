@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from common_utils_v32 import UserError
 from cube_files import allocate_array, release
+from file_claims import open_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".pef", ".srw")
@@ -43,7 +44,7 @@ def read_photo(path: Path, work: Path) -> Photo:
                 f"expected (H, W, 3) uint8 or uint16, found {stored.shape} {stored.dtype}"
             )
         return Photo(stored, [])
-    with Image.open(path) as image:
+    with open_image(path) as image:
         deep = _is_deep(image)  # before its EXIF is asked for, which may load the pixels
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")
@@ -103,12 +104,12 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 def _deep_pixels(path: Path) -> np.ndarray | None:
     """(H, W, 3) uint16, upright; None where the file's coding gives its high bytes alone."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode.startswith("I"):
             grey = ImageOps.exif_transpose(image)
             return np.repeat(np.asarray(grey).astype(np.uint16)[..., None], 3, axis=2)
         high = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
-    with Image.open(path) as image:
+    with open_image(path) as image:
         tiles = []
         for tile in image.tile:
             swapped = _low_bytes(str(tile.args if isinstance(tile.args, str) else tile.args[0]))

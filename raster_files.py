@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 
 from common_utils_v32 import UserError
+from file_claims import check_claim, read_packed
 
 # ENVI's `data type`. 6 and 9 are complex; 7, 8, 10 and 11 do not exist.
 ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
@@ -214,7 +215,7 @@ def _envi_bytes(path: Path, compressed: bool) -> Any:
     file = envi_data_file(path)
     if compressed or file.suffix == ".gz":
         with gzip.open(file) as unpacked:
-            return np.frombuffer(unpacked.read(), np.uint8)
+            return np.frombuffer(read_packed(file, unpacked), np.uint8)
     return np.memmap(file, np.uint8, "r")
 
 
@@ -238,6 +239,7 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
     facts = tiff_facts(path)
     with tifffile.TiffFile(path) as file:
         series = max(file.series, key=lambda series: series.size)  # the others are thumbnails
+        check_claim(path, series.nbytes, path.stat().st_size)
         stored = series.asarray()
     axes = "".join({"Y": "h", "X": "w"}.get(letter, "c") for letter in series.axes)
     if stored.dtype.kind not in "iuf" or sorted(axes) != ["c", "h", "w"]:

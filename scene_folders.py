@@ -21,7 +21,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from camera_colour import SRGB
@@ -43,6 +42,7 @@ from cube_files import (
     reading,
     scene_name,
 )
+from file_claims import open_image
 
 BLOCK_BYTES = 4 << 20  # of a file that are hashed at once
 IMAGE_BYTES = 64 << 20  # decoded RGB frames that a raw data set keeps
@@ -399,7 +399,7 @@ class RawScenes(Scenes):
         """Note shape, layout and bands of the next scene, from its files' headers where they have
         them."""
         scene = len(self.shapes)
-        with reading(rgb_path, "an RGB image"), Image.open(rgb_path) as image:
+        with reading(rgb_path, "an RGB image"), open_image(rgb_path) as image:
             shape = (image.height, image.width)
         self.shapes.append(shape)
         stored = find_stored_cube(path, self.key, self.axes, self.bands or None, shape)

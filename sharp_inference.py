@@ -27,6 +27,7 @@ import struct
 import sys
 import tempfile
 import time
+import tokenize
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,8 @@ UNREADABLE = (
     ValueError,
     SyntaxError,
     EOFError,
+    MemoryError,
+    tokenize.TokenError,
     zlib.error,
     struct.error,
     Image.DecompressionBombError,
@@ -367,7 +370,7 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
                 raise UserError(f"{first[target]} gives {target.name} already; rename one")
             print(reconstruct(model, path, target, kind, args))
         except UNREADABLE as error:
-            failures.append(f"{path}: {error}")
+            failures.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
     failures = ranks.gather_lists(failures)  # of all ranks, when all are done
     if failures and ranks.is_main:
         count = f"{len(failures)} of {len(inputs)} inputs failed: " if len(inputs) > 1 else ""

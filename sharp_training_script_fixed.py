@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import common_utils_v32 as common
 import compute_devices as devices
-from checkpoint_files import load_weights, save_weights
+from checkpoint_files import load_weights, restoring, save_weights
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks
 from frame_prediction import predict_frame
@@ -56,6 +56,7 @@ from training_runs import (
     RunFolder,
     RunLog,
     StopSignal,
+    check_progress,
     check_resumed_data,
     environment_record,
     keeps_best,
@@ -223,7 +224,8 @@ class Run:
         self.best_metrics: dict = {}
         self.metrics: dict = {}
         if state and resume:
-            self.load(state, resume)
+            with restoring(resume):
+                self.load(state, resume)
         self.start_log()
 
     def say(self, text: str) -> None:
@@ -526,9 +528,7 @@ class Run:
         """Go on from a checkpoint's state; the model's weights are loaded already."""
         cfg = self.cfg
         needed = ("settings", "engine", "schedule", "rng", *PROGRESS)
-        missing = [key for key in needed if key not in state]
-        if missing:
-            raise UserError(f"--resume_from {path}: no run to go on from (no {missing[0]})")
+        check_progress(state, needed, self.iterations, path)
         check_resumed_data(state["data"], self.data_facts, path)
         weights = {"state_dict": state["state_dict"], "ema": state["ema"]}
         self.engine.load_state_dict(state["engine"] | weights)
@@ -537,11 +537,6 @@ class Run:
             set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
-        if self.iteration > self.iterations:
-            raise UserError(
-                f"--resume_from {path}: stands at iteration {self.iteration} of an epoch that now "
-                f"has {self.iterations}; give its --iterations_per_epoch, --batch_size and ranks"
-            )
         if not keeps_best(state["settings"], cfg, self.folder):
             self.best, self.best_metrics = math.inf, {}
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"

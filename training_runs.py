@@ -270,6 +270,27 @@ def environment_record(device: torch.device | None = None) -> dict:
     }
 
 
+def check_progress(state: dict, needed: tuple[str, ...], iterations: int, path: Path) -> None:
+    """UserError unless a checkpoint is a run's, and stands within an epoch of this many
+    iterations."""
+    for key in needed:
+        if key not in state:
+            raise UserError(f"--resume_from {path}: no run to go on from (no {key})")
+    kinds: dict[str, Any] = dict.fromkeys(("settings", "best_metrics", "metrics"), dict)
+    kinds |= dict.fromkeys(("epoch", "iteration", "step", "validated"), int)
+    kinds["best"] = (int, float)
+    for key, kind in kinds.items():
+        if not isinstance(state[key], kind) or (kind is int and state[key] < -1):
+            raise UserError(
+                f"--resume_from {path}: damaged, its {key} cannot be {state[key]!r:.40}"
+            )
+    if state["iteration"] > iterations:
+        raise UserError(
+            f"--resume_from {path}: stands at iteration {state['iteration']} of an epoch that now "
+            f"has {iterations}; give its --iterations_per_epoch, --batch_size and ranks"
+        )
+
+
 def check_resumed_data(old: dict, new: dict, path: Path) -> None:
     """UserError where a checkpoint's data facts are not this run's. One without a word on how its
     photos were stored was trained on 8 bits of linear light."""

@@ -8,6 +8,7 @@ from conftest import ROOT
 FLOORS = {
     "common_utils_v32": 1,
     "checkpoint_files": 1,
+    "file_claims": 1,
     "compute_devices": 1,
     "attention_windows": 1,
     "spectral_layers": 1,
@@ -37,6 +38,9 @@ FLOORS = {
 }
 WRITERS = ("atomic_write", "temporary_prefix", "to_json")
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt", *WRITERS)}
+OPEN_TO_NEIGHBOURS |= {("compute_devices", "free_memory")}
+CLAIMS = ("check_claim", "check_claims", "open_image", "read_packed")
+OPEN_TO_NEIGHBOURS |= {("file_claims", name) for name in CLAIMS}
 FORMATS = ("raster_files", "array_files")  # rooms whose only door is cube_files
 MODELS = ("hsifusion_v252_complete", "sharp_v322_hardened")
 DATA_CODE = (
