@@ -63,12 +63,38 @@ def write_report(
         "levels": LEVELS,
         "settings": _settings(summaries),
     }
+    return _write_page(output / "report.html", data)
+
+
+def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
+    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
+    of clicked pixels."""
+    small = _sample(cube, GRID)
+    top = float(max(small.max(), 1e-6))
+    seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)
+    scene: dict[str, Any] = {
+        "name": path.stem,
+        "why": "",
+        "height": cube.shape[1],
+        "width": cube.shape[2],
+    }
+    scene |= {"grid": small.shape[1:], "top": top, "predicted": _packed(small, top)}
+    scene |= {"photo": _picture(seen), "rendered": _picture(_as_seen(_sample(cube, PICTURE), nm))}
+    learning: dict[str, list] = {"steps": [], "mrae": []}
+    model = {"name": "", "wavelengths": nm, "learning": learning, "shown": [scene]}
+    page: dict[str, Any] = {"title": path.stem, "settings": "", "levels": LEVELS, "models": [model]}
+    page["about"] = f"{cube.shape[2]} x {cube.shape[1]} pixels, {len(nm)} bands"
+    for part in ("headline", "scenes", "stress"):
+        page[part] = {"head": [], "rows": []}
+    _write_page(path, page)
+
+
+def _write_page(path: Path, data: dict) -> Path:
     page = (PAGE / "template.html").read_text(encoding="utf-8")
     script = (PAGE / "report.js").read_text(encoding="utf-8")
     inside = to_json(data).replace("</", "<\\/")  # "</" would end the script element early
-    page = page.replace("__SCRIPT__", script).replace("__DATA__", inside)
-    write_text(output / "report.html", page)
-    return output / "report.html"
+    write_text(path, page.replace("__SCRIPT__", script).replace("__DATA__", inside))
+    return path
 
 
 def _headline(summary: dict) -> list[str]:

@@ -51,7 +51,7 @@ from cube_files import (
     release,
     write_cube,
 )
-from evaluation_report import write_report
+from evaluation_report import write_cube_page, write_report
 from frame_prediction import (
     FACTORIES,
     MAX_TILE,
@@ -118,7 +118,7 @@ class Settings:
     format: str | None = files(
         None, "of cubes; default by the suffix of --output, else npy", choices=tuple(WRITTEN)
     )
-    preview: bool = files(False, "write sRGB, band montage and spectra beside each cube, as PNG")
+    preview: bool = files(False, "write pictures and a page of clickable spectra beside each cube")
     check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
     report: bool = scoring(True, "write report.html beside an evaluation's tables")
@@ -306,8 +306,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         cube, patch = predicted()
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
-            points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
-            write_preview(target.with_suffix(""), cube, model.wavelengths, points)
+            write_pictures(target, rgb, cube, model, args)
         if args.check_rgb:
             light = source(0, height, 0, width).permute(1, 2, 0).numpy()
             name = target.with_name(f"{target.stem}_round_trip.png")
@@ -320,6 +319,18 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
     what = f"{path} -> {target} {(model.bands, height, width)}"
     return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed])
+
+
+def write_pictures(
+    target: Path, rgb: np.ndarray, cube: np.ndarray, model: Loaded, args: Settings
+) -> None:
+    """What --preview asks for, beside the cube."""
+    height, width = rgb.shape[:2]
+    points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
+    write_preview(target.with_suffix(""), cube, model.wavelengths, points)
+    shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
+    page = target.with_name(f"{target.stem}_preview.html")
+    write_cube_page(page, shallow, cube, model.wavelengths)
 
 
 def _normalised(model: Loaded, low: int, high: int) -> str:

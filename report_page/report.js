@@ -100,7 +100,9 @@ async function unpack(text, bands) { // base64 of deflated uint16 differences be
 async function openScene() {
   const model = data.models[state.model], scene = model.shown[state.scene];
   document.querySelectorAll(".picture").forEach((box) => box.style.setProperty("--shape", scene.width / scene.height));
-  byId("photo").src = scene.photo; byId("rendered").src = scene.rendered; byId("error").src = scene.error;
+  byId("photo").src = scene.photo; byId("rendered").src = scene.rendered;
+  byId("errors").hidden = !scene.error;
+  if (scene.error) byId("error").src = scene.error;
   byId("errorscale").textContent = `relative error, dark 0 to bright ${show(scene.error_top)} and above`;
   state.cubes = {};
   for (const kind of ["measured", "predicted", "scale"]) if (scene[kind]) state.cubes[kind] = await unpack(scene[kind], model.wavelengths.length);
@@ -137,9 +139,9 @@ function drawSpectra() {
     const place = `pixel ${column}, ${row} of ${columns} x ${rows}`, colour = COLOURS[index];
     const predicted = { name: `predicted, ${place}`, x: model.wavelengths, y: take("predicted"), colour };
     if (state.cubes.scale) { predicted.spread = take("scale"); predicted.band = predicted.y.map((y, i) => y + predicted.spread[i]); }
-    const measured = { name: `measured, ${place}`, x: model.wavelengths, y: take("measured"), colour, dashed: true };
-    series.push(predicted, measured);
-    found.push({ row, column, predicted: predicted.y, measured: measured.y });
+    series.push(predicted);
+    if (state.cubes.measured) series.push({ name: `measured, ${place}`, x: model.wavelengths, y: take("measured"), colour, dashed: true });
+    found.push({ row, column, predicted: predicted.y, measured: state.cubes.measured ? take("measured") : null });
   });
   plot(byId("spectra"), series, { x: "wavelength, nm", y: "reflectance" });
   legend(byId("legend"), series);
@@ -174,7 +176,7 @@ document.querySelectorAll("canvas.pick").forEach((canvas) => {
 
 function listScenes() {
   const model = data.models[state.model];
-  byId("scene").replaceChildren(...model.shown.map((scene, index) => new Option(`${scene.name} (${scene.why}, MRAE ${show(scene.mrae)})`, index)));
+  byId("scene").replaceChildren(...model.shown.map((scene, index) => new Option(scene.why ? `${scene.name} (${scene.why}, MRAE ${show(scene.mrae)})` : scene.name, index)));
   byId("band").max = model.wavelengths.length - 1;
   state.scene = 0;
 }
@@ -192,7 +194,10 @@ byId("scene").onchange = (event) => { state.scene = Number(event.target.value); 
 byId("band").oninput = (event) => { state.band = Number(event.target.value); drawBand(); };
 if (data.stress.rows.length) { byId("stressed").hidden = false; fill(byId("stress"), data.stress.head, data.stress.rows, true); }
 
+document.querySelectorAll("section.numbers").forEach((section) => { section.hidden = !data.headline.rows.length; });
+
 function drawCurves() {
+  if (!data.headline.rows.length) return;
   const over = (key) => data.models.map((model) => ({ name: model.name, x: model.wavelengths, y: model.per_band[key] }));
   plot(byId("bandmrae"), over("mrae"), { x: "wavelength, nm", y: "MRAE" });
   plot(byId("bandrmse"), over("rmse"), { x: "wavelength, nm", y: "RMSE" });

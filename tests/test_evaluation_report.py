@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation_report import write_report
+from evaluation_report import write_cube_page, write_report
 from spectral_evaluation import HEADLINE, scene_bands, scene_metrics, summarise
 
 NM = [float(nm) for nm in range(400, 701, 10)]
@@ -177,3 +177,21 @@ def test_the_table_sorts_and_the_console_is_quiet(page):
     )
     assert not wide
     assert [line for line in page.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_a_cube_alone_has_a_page_of_its_own(browser, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    cube = np.linspace(0.1, 0.9, 31 * 80 * 90).reshape(31, 80, 90).astype(np.float32)
+    photo = np.full((80, 90, 3), 90, np.uint8)
+    write_cube_page(tmp_path / "a_preview.html", photo, cube, NM)
+    browser.set_window_size(1000, 900)
+    browser.get((tmp_path / "a_preview.html").as_uri())
+    ready = "return document.body.dataset.ready"
+    WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(ready))
+    click(browser, browser.find_elements("css selector", "canvas.pick")[1], 0.5, 0.25)
+    (point,) = plotted(browser)
+    assert (point["row"], point["measured"]) == (20, None)
+    np.testing.assert_allclose(point["predicted"], cube[:, 20, point["column"]], atol=3e-4)
+    assert not browser.find_element("id", "headline").is_displayed()
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []

@@ -437,6 +437,7 @@ def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
         "a_preview.png",
         "a_bands.png",
         "a_spectra.png",
+        "a_preview.html",
     }
 
 
