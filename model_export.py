@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import common_utils_v32 as common
@@ -17,12 +20,12 @@ from cube_files import extra
 from frame_prediction import MIN_SIDE, Loaded
 
 EXPORT_SIDE = 256  # px, of the frame that the ONNX file is for
+SIDE_STEP = 32  # px, of free heights and widths
 EXPORT_TOLERANCE = 1e-3  # between ONNX Runtime's output and torch's, relative to the largest value
 
 
 def export(model: Loaded, folder: Path, side: int | None) -> None:
-    """Safetensors, configuration, model card, and an ONNX file of one input size, held against
-    torch's output."""
+    """Safetensors, configuration, model card, and an ONNX file, held against torch's output."""
     side = side or EXPORT_SIDE
     module = model.module.cpu()
     save_weights(
@@ -38,15 +41,18 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
         "model": model.kind,
         "weights": f"{model.weights} of {Path(model.path).name}",
         "rgb_norm": model.rgb_norm,
-        "input": "(B, 3, H, W) float32 RGB: per_image = (x - min) / (max - min) of the whole "
-        "image, unit = x / 255",
+        "rgb_encoding": model.encoding,
+        "input": "(B, 3, H, W) float32 RGB in linear light: per_image = (x - min) / (max - min) of "
+        "the whole image, unit = 1 for full scale",
         "least_side": MIN_SIDE,
         "wavelengths": model.wavelengths,
         "output": f"(B, {model.bands}, H, W) float32",
         "parameters": sum(p.numel() for p in module.parameters()),
         "model_config": model.config,
         "data": model.data,
-        "onnx_input": [1, 3, side, side],
+        "onnx_input": ["batch", 3, "32 n", "32 m"]
+        if free_sizes(model.kind)
+        else [1, 3, side, side],
         "onnx_difference": difference,
     }
     common.write_json(folder / "config.json", facts)
@@ -59,19 +65,34 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
     )
 
 
+def free_sizes(kind: str) -> dict[int, Any]:
+    """Which sizes of the ONNX file's input are free: of HSIFusionNet the batch, and the sides in
+    steps of SIDE_STEP; of SHARP none, its tiles are laid out as the graph is made."""
+    if kind != "hsifusion":
+        return {}
+    sides = {axis: SIDE_STEP * Dim(name, min=2, max=128) for axis, name in ((2, "n"), (3, "m"))}
+    return {0: Dim("batch", min=1, max=256)} | sides
+
+
 def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
-    """Write an ONNX file for frames of side x side; -> its largest difference to torch, and what is
-    wrong with it, if anything is."""
+    """Write an ONNX file for frames of side x side, and of other sizes where they are free; -> its
+    largest difference to torch over some sizes, and what is wrong with it, if anything is."""
     onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
-    example = torch.rand(1, 3, side, side)
+    free = free_sizes(model.kind)
+    shapes = [(1, 3, side, side)]
+    if free:
+        side = -(-side // SIDE_STEP) * SIDE_STEP
+        shapes = [(2, 3, side, side)]
+        shapes += [(1, 3, side // 2 + SIDE_STEP, side), (3, 3, 2 * SIDE_STEP, 3 * SIDE_STEP)]
     try:
-        with torch.no_grad():
-            expected = tree_leaves(model.module(example))[0].numpy()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages, about one another
             torch.onnx.export(
                 model.module,
-                (example,),
+                (torch.rand(shapes[0]),),
                 file,
                 input_names=["rgb"],
+                dynamic_shapes=(free or None,),
                 external_data=False,
                 verbose=False,
             )
@@ -79,11 +100,19 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
         reason = re.findall(">: (.+)", str(error))[:1]
         return math.nan, f"{file}: not written, the other files are: {reason}"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"rgb": example.numpy()})[0]
-    difference = float(np.abs(found - expected).max())
-    if difference <= EXPORT_TOLERANCE * max(1.0, np.abs(expected).max()):
+    difference = max(_difference(session, model, shape) for shape in shapes)
+    if difference <= EXPORT_TOLERANCE:
         return difference, ""
     return difference, f"{file}: differs from torch by {difference:.2g}; do not use it"
+
+
+def _difference(session: Any, model: Loaded, shape: tuple[int, ...]) -> float:
+    """Between the two, over the largest value (1 at least), for an input of this shape."""
+    example = torch.rand(shape)
+    with torch.no_grad():
+        expected = tree_leaves(model.module(example))[0].numpy()
+    found = session.run(None, {"rgb": example.numpy()})[0]
+    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
 
 
 def model_card(model: Loaded, facts: dict) -> str:

@@ -21,6 +21,7 @@ import sharp_inference as inference
 from camera_colour import cube_to_srgb, linear_light
 from cube_files import read_cube
 from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
+from hsifusion_v252_complete import create_hsifusion_lightning_pro
 from photo_files import read_photo
 
 
@@ -465,6 +466,30 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
         and facts["onnx_difference"] < 1e-4
     )
     assert "405" in (tmp_path / "art/README.md").read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_hsifusionnets_onnx_file_takes_any_batch_and_size(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    small = {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
+    model = create_hsifusion_lightning_pro("tiny", **small)
+    facts = {"rgb_norm": "unit", "wavelengths": list(range(400, 701, 10))}
+    state = {"model": "hsifusion", "data": facts, "state_dict": model.state_dict(), "ema": None}
+    state["model_config"] = dataclasses.asdict(model.config)
+    common.save_checkpoint(tmp_path / "m.ckpt", state)
+    run("--checkpoint", tmp_path / "m.ckpt", "--export", tmp_path, "--patch_size", 128)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    for shape in ((1, 3, 64, 64), (2, 3, 96, 160), (5, 3, 192, 64)):
+        rgb = torch.rand(shape)
+        with torch.no_grad():
+            want = model.eval()(rgb)
+        np.testing.assert_allclose(session.run(None, {"rgb": rgb.numpy()})[0], want, atol=1e-4)
 
 
 # --- without a checkpoint, and from Python
