@@ -4,6 +4,7 @@ leaves nothing behind. (Training: test_resume.py.)"""
 import os
 import random
 import signal
+import threading
 import time
 
 import fuzz_inputs
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from conftest import folder_bytes, run_setup, write_raw_arad
 from PIL import Image
+from tqdm import tqdm
 
 import dataset_setup
 import frame_prediction
@@ -20,6 +22,8 @@ import sharp_inference
 
 @pytest.fixture
 def quiet(monkeypatch, runs_in_this_process):
+    # The usual lock is shared with forked processes, and one that is killed may hold it.
+    tqdm.set_lock(threading.RLock())
     monkeypatch.setattr(dataset_setup, "contact_sheet", lambda *args: None)
     monkeypatch.setitem(frame_prediction.FACTORIES, "hsifusion", ("standin_model", "create"))
 
