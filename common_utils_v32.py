@@ -13,13 +13,16 @@ import dataclasses
 import errno
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +207,23 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+# --- worker processes
+
+
+def begin_worker() -> None:
+    """For a pool's workers: Ctrl-C is left to the process that started them, and they end with it,
+    also where it is killed; else they would wait for its next job for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 # --- files

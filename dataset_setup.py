@@ -42,6 +42,7 @@ from common_utils_v32 import (
     CliParser,
     UserError,
     atomic_write,
+    begin_worker,
     read_json,
     remove_leftovers,
     run_cli,
@@ -360,8 +361,7 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[An
     fork = sys.platform == "linux" and "fork" in methods  # where it is safe: it starts faster
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes = min(workers, len(jobs) or 1)
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(processes, context, signal.signal, ignore) as pool:
+    with ProcessPoolExecutor(processes, context, begin_worker) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         done = tqdm(
             as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs
