@@ -32,7 +32,7 @@ from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa
 from spectral_evaluation import mean_metrics, scene_metrics  # noqa: E402
 from spectral_layers import fit_linear_spectral_path  # noqa: E402
 
-SCENES, SIDE, SEED = 24, 256, 0
+SCENES, SIDE, SEED = 48, 256, 0
 BATCH, PATCH, EPOCHS = 4, 64, 5
 RGB_NORM = "unit"  # one exposure for all scenes, so brightness means something
 FLOOR = 0.01  # of MRAE; the scenes have dark shadows
@@ -164,6 +164,7 @@ def train(staged: Path, runs: Path, steps: int) -> Path:
         "ema_decay": 0.99,
         "val_interval": EPOCHS,
         "output_dir": runs,
+        "init_from": ROOT / "weights" / "hsifusion_tiny_srgb.safetensors",
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]
     run(f"a trained network: {runs / 'hsifusion_tiny'}", "hsifusion_training.py", *flags)
