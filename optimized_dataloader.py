@@ -209,7 +209,7 @@ class PatchDataset(Dataset[RawBatch]):
 
     def __getitem__(self, position: tuple[int, int]) -> RawBatch:
         patches, augment = self.samples(*position)
-        count = self.mixed_in(*position)
+        count = 0 if self.mixed is None else self.mixed_in(*position)
         if self.mixed is None or not count:
             return self.read(patches, augment)
         others, codes = self.mixed.samples(*position)
@@ -428,8 +428,9 @@ def _open_scenes(config: DataConfig, split: str) -> Scenes:
     return scenes
 
 
-def train_loader(config: DataConfig) -> TrainLoader:
-    """The training patches. UserError when `memory_mode` needs more RAM than there is."""
+def _training_scenes(config: DataConfig) -> Scenes:
+    """Opened, and in RAM where `memory_mode` says so. UserError when that needs more than there
+    is."""
     scenes = _open_scenes(config, "train")
     if config.memory_mode != "lazy":
         dtype = "float16" if config.memory_mode == "float16" else "float32"
@@ -437,6 +438,12 @@ def train_loader(config: DataConfig) -> TrainLoader:
         scenes.into_ram(dtype, copies=ranks_here)
     elif isinstance(scenes, RawScenes):
         scenes.check_lazy()
+    return scenes
+
+
+def train_loader(config: DataConfig) -> TrainLoader:
+    """The training patches. UserError when `memory_mode` needs more RAM than there is."""
+    scenes = _training_scenes(config)
     return TrainLoader(PatchDataset(scenes, config, _mixed_patches(scenes, config)), config)
 
 
@@ -446,7 +453,7 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
         return None
     other = DataConfig(**{field.name: getattr(config, field.name) for field in fields(DataConfig)})
     other.data_root, other.mix_root = config.mix_root, None
-    mixed = train_loader(other).dataset
+    mixed = PatchDataset(_training_scenes(other), other)
     for what, mine, theirs in (
         ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
         ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2]),

@@ -51,11 +51,12 @@ def read_photo(path: Path, work: Path) -> Photo:
         if TIFF_DNG_VERSION in getattr(image, "tag_v2", ()):
             raise UserError(f"{path}: {_RAW_ADVICE}")
         remarks, ordinary = _remarks(image), _looks_ordinary(image)
+        foreign = _profile(image)
         rgb = _deep_pixels(path) if deep else None
         if rgb is None:
-            rgb = _shallow_pixels(image, work, remarks)
-        elif _profile(image) is not None:
-            remarks.append(f"colour profile {_profile_name(image)} left as it is, at 16 bits")
+            rgb = _shallow_pixels(image, foreign, work, remarks)
+        elif foreign is not None:
+            remarks.append(f"colour profile {_name_of(foreign)} left as it is, at 16 bits")
     if rgb.dtype == np.uint16 and 255 < rgb.max() <= TWELVE_BITS:
         remarks.append("taken as 12 bits: no value is above 4095")
         rgb = (rgb.astype(np.uint32) * SIXTEEN_BITS // TWELVE_BITS).astype(np.uint16)
@@ -74,15 +75,19 @@ def refuse_unreadable(path: Path) -> None:
         raise UserError(f"{path}: {suffix[1:].upper()} is not read; convert it to JPEG or PNG")
 
 
-def _shallow_pixels(image: ImageFile.ImageFile, work: Path, remarks: list[str]) -> np.ndarray:
+def _shallow_pixels(
+    image: ImageFile.ImageFile,
+    profile: ImageCms.ImageCmsProfile | None,
+    work: Path,
+    remarks: list[str],
+) -> np.ndarray:
     """(H, W, 3) uint8, upright, in sRGB where a colour profile says what it is in."""
     upright: Image.Image = ImageOps.exif_transpose(image) if _is_turned(image) else image
-    profile = _profile(image)
     convert = None
     if profile is not None and upright.mode in ("RGB", "RGBA"):
         kind = upright.mode
         convert = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), kind, "RGB")
-        remarks.append(f"colour profile {_profile_name(image)} converted to sRGB")
+        remarks.append(f"colour profile {_name_of(profile)} converted to sRGB")
     rgb = allocate_array((upright.height, upright.width, 3), np.uint8, work)
     for top in range(0, upright.height, STRIP):
         bottom = min(top + STRIP, upright.height)
@@ -143,15 +148,14 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(stored))
-        name = ImageCms.getProfileDescription(profile)
+        name = _name_of(profile)
     except (OSError, ImageCms.PyCMSError):
         return None
     return None if "sRGB" in name else profile
 
 
-def _profile_name(image: Image.Image) -> str:
-    profile = _profile(image)
-    return ImageCms.getProfileDescription(profile).strip() if profile is not None else "sRGB"
+def _name_of(profile: ImageCms.ImageCmsProfile) -> str:
+    return ImageCms.getProfileDescription(profile).strip()
 
 
 def _looks_ordinary(image: Image.Image) -> str:

@@ -33,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 if "--checkout" not in sys.argv:  # a child of --against imports the models of its own checkout
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    from race import RIVAL, build
+    from race import AMP_TYPES, RIVAL, build
 
     import common_utils_v32 as common
     from compute_devices import resolve_device
@@ -45,7 +45,6 @@ REPEATS = {"128": 7, "256": 5, "482x512": 3, "964x1024": 1, "step": 7}
 ROUNDS = 5  # of two checkouts in turn, after one that warms up
 STEPS_A_ROUND = 3
 MODELS = ("hsifusion", "sharp")
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 
 
 @dataclasses.dataclass

@@ -31,8 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_models import AMP_TYPES, SIDES, Bench  # noqa: E402
-from race import RIVAL, build  # noqa: E402
+from bench_models import SIDES, Bench  # noqa: E402
+from race import AMP_TYPES, RIVAL, build  # noqa: E402
 
 import common_utils_v32 as common  # noqa: E402
 from compute_devices import prepare_cuda, resolve_device  # noqa: E402
