@@ -129,6 +129,26 @@ def test_a_network_that_does_not_compile_goes_on_in_eager_mode(eager_again, monk
     assert network(torch.ones(1, 2)).shape == (1, 2)
 
 
+class Doubling(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_backend_that_fails_is_not_asked_again(eager_again, monkeypatch):
+    monkeypatch.setattr(devices, "missing_compiler", lambda device: "")
+
+    def broken(graph, inputs):
+        raise RuntimeError("the backend broke")
+
+    def compile_so(network, mode=None):
+        network._compiled_call_impl = torch.compile(network._call_impl, backend=broken)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_so)
+    network, x = Doubling(), torch.ones(1, 2)
+    assert not compile_it(network, lambda: network(x), wanted=True)
+    assert network(x).shape == (1, 2)
+
+
 def test_out_of_memory_while_compiling_is_no_fault_of_the_compiler(monkeypatch):
     monkeypatch.setattr(devices, "missing_compiler", lambda device: "")
 
