@@ -5,9 +5,11 @@ same full frames, which it never saw.
         --budget 300 --folds 5 --json race.json
     python benchmarks/race.py ... --entrants mst++ hsifusion hsifusion:small sharp,sparse_mode=block
 
-An entrant is MODEL[:SIZE][,FIELD=VALUE...]: any field of the model's configuration, and of training
+An entrant is MODEL[:SIZE][,FIELD=VALUE...]: any field of the model's configuration (a list as in
+heads=[1,2,4]), and of training
 `init` (weights to start from), `mix` (a second folder of scenes), `share` (of it in a batch at the
-start, falling to none) and `lr`.
+start, falling to none), `lr`, and `without` (a part of the model, see ablation.py). --ablation
+races the variants listed there.
 
 --budget N gives each the time that MST++ needs for N steps: seconds of a step are measured in the
 same run, the models in turn, and become numbers of steps, so that a busy machine changes nothing.
@@ -26,6 +28,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +39,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ablation import ABLATIONS, take_out  # noqa: E402
 
 import common_utils_v32 as common  # noqa: E402
 from common_utils_v32 import UserError  # noqa: E402
@@ -52,7 +57,7 @@ RATIOS = ("mrae", "rmse", "sam")
 TIMED_STEPS = 8  # of each entrant, in turn; the first warms up
 CURVE_POINTS = 5  # scores on the way, for learning curves
 DRAWS = 2000  # of the bootstrap
-TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR}
+TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR, "without": ""}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 Scene = tuple[str, torch.Tensor, torch.Tensor]  # name, rgb (3, H, W), cube (bands, H, W)
 
@@ -69,7 +74,7 @@ class Entrant:
 
 
 def parse_entrant(text: str) -> Entrant:
-    head, *pairs = text.split(",")
+    head, *pairs = re.split(r",(?![^\[]*\])", text)  # not at commas of a list
     model, _, size = head.partition(":")
     if model not in (RIVAL, "hsifusion", "sharp"):
         raise UserError(f"--entrants {text}: choose mst++, hsifusion or sharp")
@@ -165,6 +170,8 @@ class Training:
         torch.manual_seed(args.seed)
         self.entrant, self.args, self.device = entrant, args, args.torch_device
         self.model = build(entrant.model, entrant.size, args.mst_root, entrant.options)
+        if entrant.training["without"]:
+            take_out(self.model, entrant.training["without"])
         self.model.to(self.device).train()
         self.network = self.model
         if args.compile:
@@ -314,25 +321,35 @@ def scenes_of(results: list[dict], name: str) -> dict[str, dict]:
     return found
 
 
-def table(results: list[dict]) -> str:
-    """Means over all scenes, seeds and folds; ratios to MST++ with intervals."""
-    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | MRAE, RMSE, SAM over MST++ (95 %) |"]
+def table(results: list[dict], ablation: list[str]) -> str:
+    """Means over all scenes, seeds and folds; ratios with intervals to MST++, or to the model as it
+    is where its `ablation` was raced."""
+    meanings = {}
+    for model in ablation:
+        meanings |= ABLATIONS[model]
+    lines = ["| model | steps | MRAE | RMSE | PSNR | SAM | ratios of MRAE, RMSE, SAM (95 %) |"]
     lines.append("|---|---|---|---|---|---|---|")
-    rival = scenes_of(results, RIVAL)
     for name in dict.fromkeys(result["entrant"] for result in results):
         mine = scenes_of(results, name)
+        rival = scenes_of(results, name.split(",")[0] if name in meanings else RIVAL)
         m = means(mine)
         steps = np.mean([result["steps"] for result in results if result["entrant"] == name])
-        shared = [key for key in mine if key in rival]
-        cells = []
-        for metric in RATIOS if shared else ():
-            ours = np.array([mine[key][metric] for key in shared])
-            theirs = np.array([rival[key][metric] for key in shared])
-            low, high = interval(ours, theirs)
-            cells.append(f"{ours.mean() / theirs.mean():.3f} ({low:.2f}-{high:.2f})")
         scores = f"{m['mrae']:.4f} | {m['rmse']:.4f} | {m['psnr']:.2f} | {m['sam']:.2f}"
-        lines.append(f"| {name} | {steps:.0f} | {scores} | {', '.join(cells)} |")
+        label = f"{name}: {meanings[name]}" if name in meanings else name
+        lines.append(f"| {label} | {steps:.0f} | {scores} | {ratios(mine, rival)} |")
     return "\n".join(lines)
+
+
+def ratios(mine: dict[str, dict], rival: dict[str, dict]) -> str:
+    """Of the means over the scenes that both have."""
+    shared = [key for key in mine if key in rival]
+    cells = []
+    for metric in RATIOS if shared else ():
+        ours = np.array([mine[key][metric] for key in shared])
+        theirs = np.array([rival[key][metric] for key in shared])
+        low, high = interval(ours, theirs)
+        cells.append(f"{ours.mean() / theirs.mean():.3f} ({low:.2f}-{high:.2f})")
+    return ", ".join(cells)
 
 
 def draw_curves(results: list[dict], path: Path) -> None:
@@ -394,6 +411,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data_root", required=True, help="raw ARAD-1K or staged folder")
     add("--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run")
     add("--entrants", nargs="+", default=[RIVAL, "hsifusion", "sharp"], metavar="MODEL")
+    add("--ablation", nargs="+", choices=list(ABLATIONS), default=[], help="of these models")
     add("--budget", type=int, default=0, help="training time of each, in steps of MST++")
     add("--minutes", type=float, default=10.0, help="training time of each, without --budget")
     add("--steps", type=int, default=0, help="the same number of steps for each instead")
@@ -415,7 +433,10 @@ def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     args.torch_device = resolve_device(args.device)
-    entrants = [parse_entrant(text) for text in args.entrants]
+    texts = args.entrants
+    if args.ablation:
+        texts = [text for model in args.ablation for text in ABLATIONS[model]]
+    entrants = [parse_entrant(text) for text in texts]
     if args.mst_root is None:
         entrants = [entrant for entrant in entrants if entrant.model != RIVAL]
     settings = {key: str(value) for key, value in vars(args).items()}
@@ -437,7 +458,7 @@ def main() -> int:
                 record.save()
                 found = {k: round(v, 4) for k, v in means(row["scenes"]).items()}
                 print(f"{label} seed {seed} {entrant.text}: {steps} steps, {found}", flush=True)
-    print(table(record.results))
+    print(table(record.results, args.ablation))
     if args.curves and args.json:
         draw_curves(record.results, args.json.with_suffix(".png"))
     return 0

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ablation  # noqa: E402
 import demo  # noqa: E402
 import race  # noqa: E402
 
@@ -119,3 +120,46 @@ def test_ratios_have_intervals_over_the_same_scenes():
     assert low == pytest.approx(0.8) and high == pytest.approx(0.8)
     low, high = race.interval(0.8 * rival * rng.uniform(0.8, 1.2, 20), rival)
     assert 0.7 < low < 0.8 < high < 0.9
+
+
+def built(text):
+    entrant = race.parse_entrant(text)
+    model = race.build(entrant.model, entrant.size, None, entrant.options)
+    if entrant.training["without"]:
+        ablation.take_out(model, entrant.training["without"])
+    return model
+
+
+@pytest.mark.parametrize("text", [*ablation.HSIFUSION, *ablation.SHARP])
+def test_every_variant_of_the_ablation_trains(text):
+    model, rgb = built(text), torch.rand(1, 3, 64, 64)
+    model.fit_spectral_path(rgb, torch.rand(1, 31, 64, 64))
+    cube = model(rgb)
+    (cube.mean() + model.auxiliary_loss()).backward()
+    assert cube.shape == (1, 31, 64, 64) and cube.isfinite().all()
+
+
+@pytest.mark.parametrize("part, rows", [("gain", slice(0, 12)), ("term", slice(12, 24))])
+def test_what_is_taken_out_of_the_head_stays_out(part, rows):
+    model = built(f"sharp,without={part}")
+    weight = model.head.coefficients.weight
+    model(torch.rand(1, 3, 64, 64)).square().mean().backward()
+    assert not weight[rows].any() and not weight.grad[rows].any() and weight.grad.any()
+
+
+def test_attention_that_is_taken_out_reads_nothing_around_a_pixel():
+    """Without windows and spectral attention only convolutions are left."""
+    model = built("hsifusion,without=windows").eval()
+    ablation.take_out(model, "spectral")
+    rgb = torch.rand(1, 3, 128, 128)
+    other = rgb.clone()
+    other[..., -8:, -8:] = 0
+    with torch.no_grad():
+        change = (model(rgb) - model(other)).abs().amax(1)[0]
+    assert change[-1, -1] > 0 and not change[:8, :8].any()
+
+
+def test_a_list_in_an_entrant_keeps_its_commas():
+    entrant = race.parse_entrant("hsifusion:small,depths=[1,2,2],lr=0.001")
+    assert entrant.size == "small" and entrant.options == {"depths": [1, 2, 2]}
+    assert entrant.training["lr"] == 0.001
