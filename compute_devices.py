@@ -183,6 +183,15 @@ def prepare_cuda(deterministic: bool = False) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def use_threads(count: int | None) -> None:
+    """Let torch compute with this many threads on a CPU; None leaves it at OMP_NUM_THREADS or all
+    cores. UserError where it is below 1."""
+    if count is not None and count < 1:
+        raise UserError(f"--threads {count}: give 1 or more")
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def autocast_type(wanted: bool, name: str, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision (`name`: auto, bf16 or fp16), or None for float32."""
     if not wanted:

@@ -55,6 +55,7 @@ from training_runs import (
     STOPPED,
     RunFolder,
     RunLog,
+    SoundState,
     StopSignal,
     check_progress,
     check_resumed_data,
@@ -118,6 +119,7 @@ class TrainConfig(DataConfig):
     )
     compile_model: bool | None = opt(None, "torch.compile; by default on for CUDA", group="speed")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
+    threads: int | None = opt(None, "threads of a CPU (default: all cores)", group="speed")
     deterministic: bool = opt(
         False, "deterministic kernels alone, an error where there is none", group="speed"
     )
@@ -228,6 +230,8 @@ class Run:
         if state and resume:
             with restoring(resume):
                 self.load(state, resume)
+        learnt = (self.model, self.optimizer, self.scaler, self.average)
+        self.sound = SoundState(*(part for part in learnt if part is not None))
         self.start_log()
 
     def say(self, text: str) -> None:
@@ -394,8 +398,8 @@ class Run:
             if scale is not None:
                 loss = loss + LIKELIHOOD_WEIGHT * laplace_nll(pred, scale, cube)
         self.scaler.scale(loss / group).backward()
-        one = torch.ones_like(self.totals[0])
-        self.totals += torch.stack([loss.detach(), error.detach(), one])
+        found = torch.stack([loss, error, torch.ones_like(error)]).detach()
+        self.totals += found.where(found.isfinite().all(), 0)  # else the step is skipped
 
     def optimizer_step(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -416,15 +420,19 @@ class Run:
         if self.device.type != "cpu" and self.step % CHECK_EVERY:
             return  # to look would wait for the device
         if self.skipped >= SKIPPED_LIMIT:
-            raise UserError(
-                f"step {self.step}: {int(self.skipped)} steps in a row had non-finite gradients; "
-                "lower --lr, raise --train_floor, or try dataset_setup.py --verify-only"
-            )
+            count = int(self.skipped)
+            what = f"step {self.step}: {count} steps in a row had non-finite gradients"
+            self.say(self.sound.go_back(what))
+            self.skipped.zero_()
 
     def log_progress(self) -> None:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the
         device."""
-        loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
+        loss, error, batches = self.ranks.sum(self.totals).tolist()
+        self.totals.zero_()
+        if not batches:
+            return  # the gradients of no step were finite
+        loss, error = loss / batches, error / batches
         now, (then, iteration) = time.monotonic(), self.logged
         patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
         speed, memory = patches / (now - then), devices.memory_gb(self.device)
@@ -433,8 +441,10 @@ class Run:
         self.log.write("train", self.step, values | {"memory_gb": memory})
         text = f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s"
         self.bar.set_postfix_str(f"{text} {memory:.1f} GB", refresh=sys.stderr.isatty())
-        self.totals.zero_()
         self.logged = (now, self.iteration)
+        note = self.sound.follow(self.step, error)
+        if note:
+            self.say(note)
 
     def asked(self) -> tuple[bool, bool]:
         """(stop, save) now? All ranks give the same answer."""
@@ -573,6 +583,7 @@ class Run:
 def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
     devices.prepare_cuda(cfg.deterministic)
+    devices.use_threads(cfg.threads)
     ranks = Ranks.announced()
     device = devices.resolve_device(cfg.device, ranks.local_rank)
     with devices.errors_in_one_line(device):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import common_utils_v32 as common
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
-from compute_devices import Ranks, init_process_group, prepare_cuda
+from compute_devices import Ranks, init_process_group, prepare_cuda, use_threads
 from cube_files import (
     WRITTEN,
     allocate_array,
@@ -124,6 +124,7 @@ class Settings:
     report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
     device: str = computing("auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = computing(None, "threads of a CPU (default: all cores)")
     patch_size: int | None = computing(
         None, "side of a tile; default the whole frame if it fits, else what fits"
     )
@@ -572,6 +573,7 @@ def _place(model: Loaded) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = common.parse_dataclass(Settings, argv, __doc__)
     prepare_cuda()
+    use_threads(args.threads)
     ranks, device = init_process_group(args.device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     models = [load_model(spec, device, args.loading) for spec in args.checkpoint]

@@ -55,6 +55,7 @@ from training_runs import (
     STOPPED,
     RunFolder,
     RunLog,
+    SoundState,
     StopSignal,
     check_progress,
     check_resumed_data,
@@ -123,6 +124,7 @@ class TrainConfig(DataConfig):
         True, "weights of convolutions in channels_last memory", group="speed"
     )
     device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
+    threads: int | None = opt(None, "threads of a CPU (default: all cores)", group="speed")
     deterministic: bool = opt(
         False, "deterministic kernels alone, an error where there is none", group="speed"
     )
@@ -226,6 +228,7 @@ class Run:
         if state and resume:
             with restoring(resume):
                 self.load(state, resume)
+        self.sound = SoundState(self.engine)
         self.start_log()
 
     def say(self, text: str) -> None:
@@ -387,19 +390,22 @@ class Run:
         try:
             result = self.engine.train_step(group)
         except FloatingPointError as error:
-            raise UserError(
-                f"step {self.step}: {error}; try a lower --lr or a higher --train_floor"
-            ) from None
-        one = torch.ones_like(self.totals[0])
-        self.totals += torch.stack([result["loss"], result["error"], one])
-        self.norm = result["grad_norm"]
+            self.say(self.sound.go_back(f"step {self.step}: {error}"))
+        else:
+            found = torch.stack([result["loss"], result["error"], torch.ones_like(result["loss"])])
+            self.totals += found.where(found.isfinite().all(), 0)  # else the step is skipped
+            self.norm = result["grad_norm"]
         self.schedule.step()
         self.step += 1
 
     def log_progress(self) -> None:
         """One line of metrics.jsonl and the bar's text; the only place where a step waits for the
         device."""
-        loss, error = (self.ranks.sum(self.totals)[:2] / self.totals[2]).tolist()
+        loss, error, steps = self.ranks.sum(self.totals).tolist()
+        self.totals.zero_()
+        if not steps:
+            return  # the gradients of no step were finite
+        loss, error = loss / steps, error / steps
         now, (then, iteration) = time.monotonic(), self.logged
         patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
         speed, memory = patches / (now - then), devices.memory_gb(self.device)
@@ -408,8 +414,10 @@ class Run:
         self.log.write("train", self.step, values | {"memory_gb": memory})
         text = f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s"
         self.bar.set_postfix_str(f"{text} {memory:.1f} GB", refresh=sys.stderr.isatty())
-        self.totals.zero_()
         self.logged = (now, self.iteration)
+        note = self.sound.follow(self.step, error)
+        if note:
+            self.say(note)
 
     def asked(self) -> tuple[bool, bool]:
         """(stop, save) now? All ranks give the same answer."""
@@ -546,6 +554,7 @@ class Run:
 def main() -> int:
     cfg = common.parse_dataclass(Settings, description=__doc__)
     devices.prepare_cuda(cfg.deterministic)
+    devices.use_threads(cfg.threads)
     ranks = Ranks.announced()
     device = devices.resolve_device(cfg.device, ranks.local_rank)
     with devices.errors_in_one_line(device):

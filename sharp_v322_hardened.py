@@ -504,9 +504,7 @@ class SHARPv32Trainer:
             return  # to look would wait for the device
         if self.bad_steps >= self.max_bad_steps:
             count = int(self.bad_steps)
-            raise FloatingPointError(
-                f"{count} steps in a row had non-finite gradients; lower the lr?"
-            )
+            raise FloatingPointError(f"{count} steps in a row had non-finite gradients")
 
     def state_dict(self) -> dict:
         """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -149,6 +150,56 @@ def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
     with its checkpoint in the same folder."""
     same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split", *MEASURE))
     return same and (folder.checkpoints / "best.ckpt").exists()
+
+
+class SoundState:
+    """A state of the run whose error was sound, to go back to where it explodes: the mean of a log
+    line is EXPLOSION times the lowest of the last LINES, or gradients are not finite for many
+    steps. Data and schedule go on, so other batches follow. After MOST times it is a UserError.
+
+    The steps after a state show whether it is sound, so the one of the last line is on trial."""
+
+    EXPLOSION, LINES, MOST = 10.0, 20, 3
+
+    def __init__(self, *parts: Any) -> None:
+        """parts: whatever has state_dict and load_state_dict."""
+        self.parts, self.errors, self.times = parts, [math.inf], 0
+        self.sound = self.on_trial = self._copy()
+
+    def _copy(self) -> list[dict]:
+        return [_copied(part.state_dict()) for part in self.parts]
+
+    def follow(self, step: int, error: float) -> str:
+        """Keep the state, or go back where the error of a log line exploded, and say so."""
+        lowest = min(self.errors)
+        if error > self.EXPLOSION * lowest:
+            return self.go_back(f"step {step}: MRAE {error:.3g} exploded from {lowest:.3g}")
+        self.errors = [*self.errors, error][-self.LINES :]
+        self.sound, self.on_trial = self.on_trial, self._copy()
+        return ""
+
+    def go_back(self, what: str) -> str:
+        if self.times == self.MOST:
+            raise UserError(
+                f"{what}, and going back has not helped {self.MOST} times; lower --lr, raise "
+                "--train_floor, or try dataset_setup.py --verify-only; last.ckpt is from before"
+            )
+        self.times += 1
+        self.on_trial = self.sound
+        for part, state in zip(self.parts, self.sound, strict=True):
+            part.load_state_dict(_copied(state))  # an optimizer takes tensors as they are
+        return f"{what}: back to the last sound state ({self.times} of {self.MOST} times)"
+
+
+def _copied(state: Any) -> Any:
+    """A state of plain types and tensors in tensors of its own, in main memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state
 
 
 class RunLog:

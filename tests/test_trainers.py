@@ -175,6 +175,7 @@ def test_accumulated_batches_equal_one_big_batch(trainer, raw_arad, tmp_path):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_step_with_bad_gradients_is_skipped_and_a_run_of_them_stops(trainer, raw_arad, tmp_path):
     run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 30, "--epochs", 1)
+    run.sound.MOST = 0
     model, read, batches, seen = parts(run)[0], run.train_loader, [], []
 
     def poisoned():
@@ -197,6 +198,62 @@ def test_a_step_with_bad_gradients_is_skipped_and_a_run_of_them_stops(trainer, r
         run.train_epoch()
     assert seen[:8] == [False, False, True] + [False] * 5
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def ruin_after(run, steps):
+    """After these steps the direct path is a thousand times too large."""
+    direct = parts(run)[0].head.direct.weight
+
+    def ruin(count):
+        if count in steps:
+            direct.data *= 1000
+
+    after_step(run, ruin)
+    return direct
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_loss_that_explodes_goes_back_to_sound_weights(trainer, raw_arad, tmp_path, capsys):
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 9, "--epochs", 1)
+    first = parts(run)[0].head.direct.weight.clone()
+    direct = ruin_after(run, (3, 6))
+    assert run.train() == 0
+    said = capsys.readouterr().out
+    assert "step 4: MRAE" in said and "step 7: MRAE" in said and "(2 of 3 times)" in said
+    torch.testing.assert_close(direct.detach(), first, rtol=0, atol=0.05)
+    assert run.step == 9 and run.best < 2
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_loss_that_explodes_again_and_again_ends_the_run(trainer, raw_arad, tmp_path):
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 40, "--epochs", 1)
+    ruin_after(run, range(3, 40))
+    with pytest.raises(UserError, match="step 10: MRAE .*going back has not helped 3 times"):
+        run.train()
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradients_that_stay_bad_go_back_too(trainer, raw_arad, tmp_path, capsys):
+    """Weights of NaN give nothing but NaN: to skip steps alone would not help."""
+    run = make_run(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 30, "--epochs", 1)
+    direct = parts(run)[0].head.direct.weight
+    after_step(run, lambda count: direct.data.fill_(math.nan) if count == 2 else None)
+    assert run.train() == 0 and direct.isfinite().all()
+    assert "20 steps in a row had non-finite gradients: back" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_threads_are_as_asked_for(trainer, tmp_path, monkeypatch):
+    module, before = importlib.import_module(trainer), torch.get_num_threads()
+    flags = ["--data_root", str(tmp_path / "none"), "--threads"]
+    for count in ("3", "0"):
+        monkeypatch.setattr(sys, "argv", [trainer, *flags, count])
+        with pytest.raises(UserError, match="--threads 0" if count == "0" else "none"):
+            module.main()
+    asked = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert asked == 3
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -324,10 +381,10 @@ def test_config_file_gives_defaults_and_the_command_line_wins(trainer, tmp_path,
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_workers_run_before_ranks_meet(trainer, raw_arad, tmp_path, monkeypatch):
     """A fork after NCCL has started may hang."""
-    seen, before = [], len(psutil.Process().children())
+    seen, before = [], set(psutil.Process().children())
 
     def count_children(ranks, device):
-        seen.append(len(psutil.Process().children()) - before)
+        seen.append(len(set(psutil.Process().children()) - before))
 
     monkeypatch.setattr(Ranks, "join", count_children)
     run = make_run(trainer, raw_arad, tmp_path, "--num_workers", 2, "--memory_mode", "lazy")
