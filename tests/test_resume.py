@@ -95,58 +95,66 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
 
 KILLED_RUNS = """
 import os, random, signal, sys, time
-import torch._dynamo, torch.utils.tensorboard
-from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-import training_helpers as t
-trainer, data, out = sys.argv[3], *map(Path, sys.argv[4:6])
+tests, trainer, count, kills, longest, whole, cut = sys.argv[1:8]
+sys.path.insert(0, tests)
+import ranks
+ranks.importlib.import_module(trainer)
+flags = sys.argv[8:]
 random.seed(1)
-last, step = out / "run" / "last.ckpt", 0
-for _ in range(int(sys.argv[6])):
+
+def run(folder, longest):
     child = os.fork()
     if not child:
-        more = ("--iterations_per_epoch", 5000, "--save_minutes", 1e-9, "--resume_from", "auto")
-        t.make_run(trainer, data, out, *more).train()
-        os._exit(1)
-    while not (last.exists() and t.checkpoint(out)["step"] > step):
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert t.checkpoint(out)["step"] >= step
-    step = t.checkpoint(out)["step"]
-print(step)
+        os.setpgid(0, 0)
+        sys.argv[1:] = [trainer, count, *flags, "--output_dir", folder]
+        ranks.main()
+    if longest:
+        time.sleep(random.uniform(0, longest))
+        os.killpg(child, signal.SIGKILL)
+    end = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert end == (-signal.SIGKILL if longest else 0), end
+
+run(whole, 0)
+for _ in range(int(kills)):
+    run(cut, float(longest))
+run(cut, 0)
 """
 
 
-def survive_kills(trainer, data, out, count):
-    """Kill a run, which saves after every step, `count` times at random moments; each goes on from
-    the one before. -> the last step saved."""
-    command = [
-        sys.executable,
-        "-c",
-        KILLED_RUNS,
-        ROOT,
-        ROOT / "tests",
-        trainer,
-        data,
-        out,
-        str(count),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+def survive_kills(trainer, ranks, data, folder, kills):
+    """A run that saves after each step, killed at random moments and started again, ends as one
+    that nothing happened to, and leaves no temporary files."""
+    flags = ("--iterations_per_epoch", 4 * kills + 8, "--epochs", 1, "--save_minutes", 1e-9)
+    flags += ("--batch_size", 1, "--resume_from", "auto")
+    longest = 0.6 * ranks  # seconds to the kill: from before the first step to many steps later
+    command = [sys.executable, "-c", KILLED_RUNS, ROOT / "tests", trainer, ranks, kills, longest]
+    command += [folder / "whole", folder / "cut", *arguments(trainer, data, folder, *flags)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    cut, whole = checkpoint(folder / "cut"), checkpoint(folder / "whole")
+    assert_same({**cut, "settings": None}, {**whole, "settings": None})
+    assert files_of(folder / "cut/run") == files_of(folder / "whole/run")
+    lines = (folder / "cut/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps)
+
+
+def files_of(run):
+    return sorted(path.name for path in run.iterdir() if "tfevents" not in path.name)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_kills_at_random_moments_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
-    assert survive_kills(trainer, raw_arad, tmp_path, 3) >= 3
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
+    trainer, raw_arad, tmp_path
+):
+    survive_kills(trainer, 1, raw_arad, tmp_path, 3)
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_twenty_kills_leave_a_readable_checkpoint(trainer, raw_arad, tmp_path):
-    assert survive_kills(trainer, raw_arad, tmp_path, 20) >= 20
+def test_fifty_kills_of_training(trainer, ranks, three_to_validate, tmp_path):
+    survive_kills(trainer, ranks, three_to_validate, tmp_path, 50)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
