@@ -55,7 +55,7 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {"base_channels": 64, "depths": (2, 2, 2), "num_heads": (4, 2, 10)},
+    "tiny": {"base_channels": 48, "depths": (1, 2, 2), "num_heads": (2, 2, 4)},
     "small": {"base_channels": 80, "depths": (2, 3, 4), "num_heads": (2, 6, 8)},
     "base": {"base_channels": 112, "depths": (3, 5, 6), "num_heads": (2, 8, 12)},
     "large": {"base_channels": 176, "depths": (3, 6, 8), "num_heads": (2, 8, 8)},
@@ -74,12 +74,12 @@ class LightningProConfig:
 
     in_channels: int = _model(3, "channels of the input image")
     out_channels: int = _model(31, "bands of the output cube")
-    base_channels: int = _model(64, "channels at half resolution; coarser levels are wider")
+    base_channels: int = _model(48, "channels at half resolution; coarser levels are wider")
     depths: tuple[int, ...] = _model(
-        (2, 2, 2), "blocks per level; a decoder level has one less, at least one"
+        (1, 2, 2), "blocks per level; a decoder level has one less, at least one"
     )
     num_heads: tuple[int, ...] = _model(
-        (4, 2, 10), "attention heads per level, half of them spectral"
+        (2, 2, 4), "attention heads per level, half of them spectral"
     )
     window_size: int = _model(
         8, "side of an attention window, tokens; windows overlap by a quarter"

@@ -421,6 +421,9 @@ class RawScenes(Scenes):
                     "stage it or use --memory_mode float16"
                 )
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"images": {}}  # a worker decodes its own
+
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""
         if scene not in self.images:

@@ -54,7 +54,12 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {"base_dim": 64, "depths": (2, 2, 2), "heads": (1, 1, 2)},
+    "tiny": {
+        "base_dim": 48,
+        "depths": (1, 2, 2),
+        "heads": (1, 1, 2),
+        "rbf_centers_per_head": 24,
+    },
     "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (1, 3, 2)},
     "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (1, 4, 6)},
     "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (1, 4, 8)},
@@ -72,9 +77,9 @@ class SHARPv32Config:
 
     in_channels: int = _model(3, "channels of the image")
     out_channels: int = _model(31, "bands of the cube")
-    base_dim: int = _model(64, "channels at half resolution")
+    base_dim: int = _model(48, "channels at half resolution")
     depths: tuple[int, ...] = _model(
-        (2, 2, 2), "blocks of each level; a decoder has one less, at least 1"
+        (1, 2, 2), "blocks of each level; a decoder has one less, at least 1"
     )
     heads: tuple[int, ...] = _model((1, 1, 2), "attention heads of each branch, by level")
     mlp_ratios: tuple[float, ...] = _model(
@@ -90,7 +95,7 @@ class SHARPv32Config:
     sparse_max_tokens: int = _sparse(8192, "above it, local windows")
     sparse_window_size: int = _sparse(49, "tokens in a local window, an odd square")
     sparse_k_cap: int = _sparse(1024, "most keys that a query keeps")
-    rbf_centers_per_head: int = _sparse(32, "RBF features of queries and keys")
+    rbf_centers_per_head: int = _sparse(24, "RBF features of queries and keys")
     key_rbf_mode: str = _sparse(
         "linear",
         "keys: RBF features mixed, averaged (all queries pick the same keys), or no RBF",
