@@ -52,7 +52,6 @@ CAMERAS = (*ANALYTIC, *MEASURED, *OBSERVERS, SRGB)
 # The field's recipe (NTIRE 2022): photo-electrons at full scale, and mean signal over full scale.
 ELECTRONS = 750
 MEAN_SIGNAL = 0.18
-WAVES = np.arange(1, 5)  # half periods of the cosines that change the light along the bands
 CLIP_MARGIN = 4.0  # of full scale: what is brighter clips anyway, and would overflow the noise
 
 
@@ -241,40 +240,3 @@ def _srgb_response(wavelengths: tuple[float, ...]) -> np.ndarray:
     to_xyz = response / response.sum(axis=0) * white
     weights = to_xyz @ srgb.matrix_XYZ_to_RGB.T
     return (weights / weights.sum(axis=0)).astype(np.float32)  # the matrix has four decimals
-
-
-def random_lights(
-    keys: Sequence[tuple], bands: int, strength: float, brightness: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random changes of the light, for each key of a generator: by how much each band changes
-    (B, bands), a smooth curve near 1, and all of them (B,), by up to exp(brightness) or its
-    inverse. Half of the samples keep the one, half the other."""
-    cosines = np.cos(np.pi * np.outer(WAVES, np.linspace(0, 1, bands))) / (1 + WAVES[:, None])
-    ratios, gains = np.ones((len(keys), bands)), np.ones(len(keys))
-    for row, key in enumerate(keys):
-        rng = np.random.default_rng(key)
-        colour, level = rng.random(2) < 0.5
-        weights, log_gain = rng.standard_normal(len(WAVES)), rng.uniform(-1, 1)
-        if colour:
-            ratios[row] = np.exp(strength * weights @ cosines)
-        if level:
-            gains[row] = np.exp(brightness * log_gain)
-    return ratios, gains
-
-
-def gain_below_clipping(
-    gain: np.ndarray, ratio: np.ndarray, brightest: np.ndarray, response: np.ndarray
-) -> np.ndarray:
-    """Gains (B,) lowered so that no channel whose largest share of full scale is `brightest` (B, 3)
-    comes to clip, in light changed by `ratio` (B, bands)."""
-    change = (ratio @ response.T) / response.sum(1).clip(1e-3)
-    return np.minimum(gain, 1 / (brightest * change).max(1).clip(1e-3))
-
-
-def changed_light(ratio: np.ndarray, gain: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """(B, 4, bands): what the cube adds to each channel of RGB, in shares of full scale, and what
-    multiplies it. RGB, which gets the gain by itself, moves by what the camera sees of the cube's
-    change of colour, so its noise stays."""
-    gain = gain[:, None, None]
-    seen, factor = (ratio - 1)[:, None] * response, ratio[:, None]
-    return gain * np.concatenate([seen, factor], axis=1)

@@ -1,7 +1,7 @@
 """What two or more of the scripts share: command line from dataclasses, seeds, files, states of
 optimizers.
 
-Imports nothing of the project; see README.md for the scripts.
+Imports nothing of the project but terminal.py; see README.md for the scripts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -32,6 +33,9 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+
+import terminal
+from terminal import CliParser
 
 LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
 
@@ -44,8 +48,8 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main. A UserError or an OS error becomes one line on stderr and exit code 2,
-    never a traceback."""
+    """Run a script's main. A UserError or an OS error becomes one line on stderr and exit code 2; a
+    traceback comes before it with --verbose alone."""
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
@@ -54,6 +58,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: not enough memory ({' '.join(str(error).split())})", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError) as error:
+        if terminal.is_verbose():
+            traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -66,34 +72,6 @@ def opt(
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and a script's description keeps its lines."""
-
-
-class CliParser(argparse.ArgumentParser):
-    """argparse with dashes and underscores both accepted in flags, defaults in --help, and errors
-    of one line."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("usage", "%(prog)s [flags]")  # help begins with commands, not with flags
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        args = sys.argv[1:] if args is None else list(args)
-        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
-        for index, argument in enumerate(args):
-            if argument == "--":  # all that follows is positional
-                break
-            if argument.startswith("--"):
-                name, equals, value = argument.partition("=")
-                args[index] = known.get(name.replace("-", "_"), name) + equals + value
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def parse_dataclass(cls: type, argv: list[str] | None = None, description: str = "") -> Any:
@@ -113,6 +91,7 @@ def parse_dataclass(cls: type, argv: list[str] | None = None, description: str =
         argv = [*_config_flags(config, names), *argv]
     values = vars(parser.parse_args(argv))
     values.pop("config")
+    terminal.detail(f"settings: {to_json(values)}")
     try:
         return cls(**values)
     except ValueError as error:

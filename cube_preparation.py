@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+import terminal
 from common_utils_v32 import UserError
 from cube_files import (
     FIELD_BANDS,
@@ -37,9 +38,8 @@ def find_wavelengths(path: Path, bands: int, given: Sequence[str] | None) -> lis
         return _given_wavelengths(given, bands)
     nm = read_wavelengths(path, every=True)
     if nm is None and bands == len(FIELD_BANDS):
-        print(
-            f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths",
-            flush=True,
+        terminal.say(
+            f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths"
         )
         return FIELD_BANDS
     if nm is None or len(nm) != bands:

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+import terminal
 from camera_colour import (
     CAMERAS,
     SRGB,
@@ -97,11 +97,12 @@ def make_synthetic(args: argparse.Namespace) -> None:
     root, count = Path(args.output_root), args.synthetic
     height, width = args.size
     exposure = None if args.exposure == "auto" else args.exposure or EXPOSURE
-    if count < 2 or min(height, width) < max(64, args.patch_size):
-        raise UserError(
-            f"--synthetic {count} --size {height}x{width}: give 2 or more scenes, of 64 and "
-            "--patch-size or more pixels a side"
-        )
+    if count < 2:
+        raise UserError(f"--synthetic {count}: give 2 or more scenes")
+    least = max(64, args.patch_size)
+    if min(height, width) < least:
+        what = f"--size {height}x{width}: sides must hold a patch, --patch-size {args.patch_size}"
+        raise UserError(f"{what}; give {least} or more, or smaller patches (64 at least)")
     camera_response(args.camera, WAVELENGTHS)  # complains of the camera before anything is written
     settings = {"scenes": count, "size": [height, width], "seed": args.seed}
     settings |= {"camera": args.camera, "exposure": exposure}
@@ -113,7 +114,7 @@ def make_synthetic(args: argparse.Namespace) -> None:
     jobs = [(name, number, number >= count) for number, name in enumerate(names)]
     work = partial(_write_synthetic_scene, root=root, settings=settings)
     list(run_jobs(work, jobs, args.workers, "synthetic scenes"))
-    print(
+    terminal.say(
         f"{root}: {train} training and {count - train} validation scenes of {height} x {width} "
         "x 31, 2 test images; stage with --arad-root"
     )
@@ -244,7 +245,7 @@ def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None
         )
     there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    print(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free", flush=True)
+    terminal.say(f"{root}: {needed / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free")
     if needed + SPARE_BYTES > free:
         raise UserError(
             f"{root}: {needed / 1e9:.2f} GB do not fit in {free / 1e9:.2f} GB; make room or change "
@@ -363,9 +364,7 @@ def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[An
     processes = min(workers, len(jobs) or 1)
     with ProcessPoolExecutor(processes, context, begin_worker) as pool:
         futures = [pool.submit(work, job) for job in jobs]
-        done = tqdm(
-            as_completed(futures), total=len(jobs), desc=what, unit="scene", disable=not jobs
-        )
+        done = terminal.bar(as_completed(futures), total=len(jobs), desc=what, unit="scene")
         try:
             for future in done:
                 yield future.result()
@@ -433,8 +432,8 @@ def stage(args: argparse.Namespace) -> None:
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in splits.items())
     patches = sum(entry["patches"] for entry in splits["train"])
     for line in remark_lines([*splits["train"], *splits["val"]]):
-        print(line)
-    print(
+        terminal.say(line)
+    terminal.say(
         f"{root}: {counts} scenes ({len(jobs) - len(left)} were there), {patches} training "
         f"patches; look at {root / 'contact_sheet.png'}"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 
 from camera_colour import cube_to_srgb
 from common_utils_v32 import read_json, to_json, write_text
-from spectral_evaluation import HEADLINE
+from spectral_evaluation import HEADLINE, figure
 from training_runs import environment_record
 
 PAGE = Path(__file__).parent / "report_page"
@@ -30,6 +31,7 @@ LEVELS = 4096  # of a value in a spectrum
 PICTURE = 420  # pixels, longer side
 FLOOR = 0.01  # of the relative error that the map shows
 CURVED = ("mrae", "rmse")  # per-band curves
+LEARNING = {"steps": "step", "mrae": "mrae"}  # of a run's validations
 
 
 def write_report(
@@ -126,26 +128,54 @@ def _chosen(records: list[dict], count: int) -> list[tuple[str, dict]]:
 
 def _model(summary: dict, folder: Path, chosen: list[tuple[str, dict]]) -> dict[str, Any]:
     per_band = {key: summary["per_band"][key] for key in CURVED}
+    validations = read_log(Path(summary["checkpoint"]).parent / "metrics.jsonl")["val"]
     return {
         "name": summary["name"],
         "wavelengths": summary["wavelengths"],
         "per_band": per_band,
         "calibration": summary.get("calibration"),
-        "learning": _learning(Path(summary["checkpoint"]).parent / "metrics.jsonl"),
+        "learning": {key: [row[name] for row in validations] for key, name in LEARNING.items()},
         "shown": [_scene(folder, summary, why, record) for why, record in chosen],
     }
 
 
-def _learning(path: Path) -> dict[str, list]:
-    """Steps and MRAE of the validations in the log beside a checkpoint."""
-    steps, values = [], []
+def read_log(path: Path) -> dict[str, list[dict]]:
+    """The lines of a run's metrics.jsonl by kind, `train` and `val`; none where there is no log."""
+    lines: dict[str, list[dict]] = {"train": [], "val": []}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["kind"] == "val":
-                steps.append(row["step"])
-                values.append(row["mrae"])
-    return {"steps": steps, "mrae": values}
+            lines[row["kind"]].append(row)
+    return lines
+
+
+def write_run_figure(folder: Path) -> None:
+    """run.png of a run's folder: what its metrics.jsonl says of errors and learning rate."""
+    lines = read_log(folder / "metrics.jsonl")
+    curves = [
+        ("MRAE", "training patches", "train", "mrae"),
+        ("MRAE", "validation", "val", "mrae"),
+        ("SAM of the validation, degrees", "", "val", "sam"),
+        ("learning rate", "", "train", "lr"),
+    ]
+    titles = [title for title, _, kind, _ in curves if lines[kind]]
+    if not titles:
+        return
+    with figure(folder / "run.png", len(set(titles)), 5 * len(set(titles)), 3.6) as axes:
+        places = dict(zip(dict.fromkeys(titles), axes, strict=True))
+        for title, label, kind, key in curves:
+            if title in places and lines[kind]:
+                steps = [row["step"] for row in lines[kind]]
+                values = [math.nan if row[key] is None else row[key] for row in lines[kind]]
+                places[title].plot(steps, values, ".-", markersize=3, label=label)
+        for title, axis in places.items():
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+        if "MRAE" in places:
+            places["MRAE"].set_yscale("log")
+            places["MRAE"].yaxis.set_major_formatter("{x:g}")
+            places["MRAE"].yaxis.set_minor_formatter("{x:g}")
+            places["MRAE"].legend(fontsize=8)
 
 
 # --- a scene

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+import terminal
 from checkpoint_files import build_model, load_weights, read_checkpoint
 from common_utils_v32 import UserError
 from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
@@ -445,8 +445,7 @@ def smaller_tile(tried: int) -> int:
     patch = tried // 2 // 8 * 8
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    text = f"out of memory with a tile of {tried} px: going on with {patch} px"
-    tqdm.write(text, file=sys.stderr)
+    terminal.say(f"out of memory with a tile of {tried} px: going on with {patch} px")
     return patch
 
 

@@ -14,6 +14,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import common_utils_v32 as common
+import terminal
 from checkpoint_files import save_weights
 from common_utils_v32 import UserError
 from cube_files import extra
@@ -59,7 +60,7 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
     common.write_text(folder / "README.md", model_card(model, facts))
     if failure:
         raise UserError(failure)
-    print(
+    terminal.say(
         f"{folder}: model.safetensors, config.json, README.md, model.onnx ({side} px, "
         f"within {difference:.1e} of torch)"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,13 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from camera_colour import changed_light, gain_below_clipping, linear_light, random_lights
+from camera_colour import linear_light
 from common_utils_v32 import UserError, opt
 from scene_folders import FileCheck, RawScenes, Scenes, StagedScenes
-from spectral_layers import MOST_PIXELS, fit_camera_response
 from training_runs import leave_process_group
 
 RGB_DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16}
+WORKER_PATIENCE = 120  # seconds to a batch; a worker that could not hand one over says nothing
+SHARED_MEMORY = Path("/dev/shm")  # by which workers hand over batches, on Linux
 GRID_SETTINGS = ("patch_size", "stride", "patch_grid")  # what a grid of patches depends on
 _data = functools.partial(opt, group="data")
 # Memory of _buffer that is free, by shape and dtype.
@@ -107,12 +109,6 @@ class DataConfig:
     num_workers: int = _data(-1, "loader processes; -1 = 2 with a GPU, else none")
     seed: int = _data(42, "seed of order and augmentation")
     augment: bool = _data(True, "random rotations and flips of training patches")
-    relight: float = _data(
-        0.15, "strength of random smooth changes of the light in training; 0 is none"
-    )
-    expose: float = _data(
-        0.5, "largest log of random changes of brightness in training, with --rgb_norm unit"
-    )
     mix_root: str | None = _data(None, "a second training set, mixed into the batches of the first")
     mix_share: float = _data(0.25, "its share of a batch at first; none at the end of the run")
     mix_until: int = 0  # iterations of the run, from which on nothing is mixed in
@@ -136,9 +132,6 @@ class DataConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: give 1 or more")
         if not 0 <= self.mix_share < 1:
             raise UserError(f"--mix_share {self.mix_share}: give 0 or more, below 1")
-        for name in ("relight", "expose"):
-            if not 0 <= getattr(self, name) <= 2:
-                raise UserError(f"--{name} {getattr(self, name)}: give 0 to 2")
         if self.iterations_per_epoch < 0:
             raise UserError(f"--iterations_per_epoch {self.iterations_per_epoch}: give 0 or more")
 
@@ -151,9 +144,6 @@ class RawBatch(NamedTuple):
     augment: Tensor  # (B,) uint8, element of the dihedral group, 0 to 7
     rgb_range: Tensor  # (B, 2) float32, what becomes 0 and 1
     patches: Tensor  # (B,) int64, numbers of the patches in the data set
-    # (B, 4, bands) float32: what the cube adds to each channel of RGB, and what multiplies it; or
-    # empty, where the light stays as it is.
-    light: Tensor = torch.empty(0)
 
 
 def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -176,14 +166,6 @@ def shuffled_pass(count: int, elements: int, key: tuple) -> tuple[np.ndarray, np
     return order, rng.integers(0, elements, count, dtype=np.uint8)
 
 
-def relight(rgb: Tensor, cube: Tensor, light: Tensor) -> Tensor:
-    """Change the light of cubes (B, H, W, bands), in place, by RawBatch.light; -> their rgb (B, H,
-    W, 3), moved."""
-    moved = torch.baddbmm(rgb.flatten(1, 2), cube.flatten(1, 2), light[:, :3].mT)
-    cube *= light[:, 3, None, None]
-    return moved.view(rgb.shape)
-
-
 class PatchDataset(Dataset[RawBatch]):
     """All patches of the training scenes. An item is the whole batch at (epoch, iteration), so that
     workers hand over few big tensors; which patches and which augmentation is a function of seed,
@@ -199,27 +181,9 @@ class PatchDataset(Dataset[RawBatch]):
         ]
         counts = [len(rows) * len(cols) for rows, cols in self.grids]
         self.starts = np.cumsum([0, *counts])  # number of each scene's first patch, and their count
-        self.response: Tensor | None = None  # of the camera, (3, bands), where the light changes
-        if config.augment and config.relight + config.expose > 0:
-            sample = self.spread(MOST_PIXELS)
-            rgb = sample.rgb.float().permute(0, 3, 1, 2) / self.full_scale
-            cube = sample.cube.float().permute(0, 3, 1, 2)
-            self.response = fit_camera_response(rgb, cube).float()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    @property
-    def full_scale(self) -> float:
-        """The largest value of RGB in a batch; sRGB is linear light in [0, 1]."""
-        return self.scenes.rgb.full_scale if self.scenes.rgb.encoding == "linear" else 1.0
-
-    def spread(self, pixels: int) -> RawBatch:
-        """At least `pixels` pixels where there are so many, from patches spread over all scenes,
-        not augmented: the same whatever the seed, the batch size and the ranks."""
-        count = min(len(self), math.ceil(pixels / self.config.patch_size**2))
-        patches = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-        return self.read(patches, np.zeros(count, np.uint8))
 
     def place(self, patch: int) -> tuple[int, int, int]:
         """Number of a patch -> (scene, top, left): scene by scene, row-major in the grid of
@@ -247,38 +211,14 @@ class PatchDataset(Dataset[RawBatch]):
         return np.concatenate(patches), np.concatenate(augment)
 
     def __getitem__(self, position: tuple[int, int]) -> RawBatch:
-        config, (patches, augment) = self.config, self.samples(*position)
-        first = (position[1] * config.world_size + config.rank) * config.batch_size
-        numbers = range(first, first + config.batch_size)
+        patches, augment = self.samples(*position)
         count = 0 if self.mixed is None else self.mixed_in(*position)
-        mine = self.read(patches[count:], augment[count:])
-        mine = self.relit(mine, position[0], numbers[count:])
         if self.mixed is None or not count:
-            return mine
+            return self.read(patches, augment)
         others, codes = self.mixed.samples(*position)
+        mine = self.read(patches[count:], augment[count:])
         theirs = self.mixed.read(others[:count], codes[:count])
-        theirs = self.mixed.relit(theirs, position[0], numbers[:count])
         return RawBatch(*(torch.cat(pair) for pair in zip(theirs, mine, strict=True)))
-
-    def relit(self, batch: RawBatch, epoch: int, samples: range) -> RawBatch:
-        """The batch with the changes of its light that prepare_batch makes."""
-        if self.response is None:
-            return batch
-        config, unit = self.config, self.config.rgb_norm == "unit"
-        keys = [(config.seed % 2**64, epoch, sample, 2) for sample in samples]
-        expose = config.expose if unit else 0  # the frame's own range would undo it
-        ratio, gain = random_lights(keys, self.scenes.bands, config.relight, expose)
-        if unit:
-            brightest = batch.rgb.numpy().max((1, 2)) / self.full_scale
-            gain = gain_below_clipping(gain, ratio, brightest, self.response.numpy())
-        low, high = batch.rgb_range.numpy().T.astype(float)
-        width = np.maximum(high - low, 1e-6)
-        light = changed_light(ratio, gain, self.response.numpy())
-        light[:, :3] *= (self.full_scale / width)[:, None, None]
-        ends = np.stack([low, low + width / gain], axis=1)  # narrower: brighter
-        return batch._replace(
-            light=torch.from_numpy(light).float(), rgb_range=torch.from_numpy(ends).float()
-        )
 
     def mixed_in(self, epoch: int, iteration: int) -> int:
         """How many samples of a batch are of the second set: a share that falls to none, rounded up
@@ -352,10 +292,27 @@ def prepare_batch(batch: RawBatch, device: torch.device | str = "cpu") -> tuple[
         rgb = rgb.float()
     low, high = ranges[:, 0, None, None, None], ranges[:, 1, None, None, None]
     turn = turned_one_by_one if rgb.is_cpu else turned_by_gather
-    rgb, cube = normalise_rgb(turn(rgb, codes), "per_image", low, high), turn(cube, codes)
-    if batch.light.numel():
-        rgb = relight(rgb, cube, batch.light.to(device, non_blocking=True))
-    return rgb.permute(0, 3, 1, 2), cube.permute(0, 3, 1, 2)
+    rgb = normalise_rgb(turn(rgb, codes), "per_image", low, high)
+    return rgb.permute(0, 3, 1, 2), turn(cube, codes).permute(0, 3, 1, 2)
+
+
+def check_shared_memory(dataset: PatchDataset, workers: int) -> None:
+    """UserError where the workers' batches do not fit in SHARED_MEMORY; they would die of it."""
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    config, scenes = dataset.config, dataset.scenes
+    rgb_bytes = np.dtype(scenes.rgb.dtype).itemsize if scenes.rgb.encoding == "linear" else 4
+    pixel = scenes.bands * np.dtype(scenes.dtype).itemsize + 3 * rgb_bytes
+    batches = 2 * workers + 1  # two of each worker wait, one is in use
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.world_size > 1 else 1
+    needed = ranks_here * batches * config.batch_size * config.patch_size**2 * pixel
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"{SHARED_MEMORY}: {workers} loader workers need {needed / 2**20:.0f} MB of shared "
+            f"memory and {free / 2**20:.0f} are free; give --num_workers 0, or more of it (docker "
+            "run --shm-size=2g)"
+        )
 
 
 class TrainLoader:
@@ -378,11 +335,13 @@ class TrainLoader:
         in_ram = bool(dataset.scenes.frames)
         if in_ram and "fork" not in torch.multiprocessing.get_all_start_methods():
             workers = 0  # a spawned worker would copy all scenes
+        check_shared_memory(dataset, workers)
         self.loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=self.positions,
             num_workers=workers,
+            timeout=WORKER_PATIENCE if workers else 0,
             persistent_workers=workers > 0,
             worker_init_fn=leave_process_group,
             generator=torch.Generator(),  # else each pass would draw from the model's
@@ -415,11 +374,22 @@ class TrainLoader:
             yield from self.loader
         except UserError as error:  # a worker's error comes with its traceback as text
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            what = str(error).splitlines()[0].rstrip(". ")
+            raise UserError(
+                f"{what}: memory or {SHARED_MEMORY} ran out perhaps; try --num_workers 0"
+            ) from None
         self.set_position(self.epoch + 1)
 
     def spread(self, pixels: int) -> tuple[Tensor, Tensor]:
-        """The pixels of PatchDataset.spread as prepare_batch gives them."""
-        return prepare_batch(self.dataset.spread(pixels))
+        """At least `pixels` pixels where there are so many, as prepare_batch gives them, from
+        patches spread over all scenes, not augmented: the same whatever the seed, the batch size
+        and the ranks."""
+        count = min(len(self.dataset), math.ceil(pixels / self.config.patch_size**2))
+        patches = np.linspace(0, len(self.dataset) - 1, count).round().astype(np.int64)
+        return prepare_batch(self.dataset.read(patches, np.zeros(count, np.uint8)))
 
     def describe(self) -> str:
         scenes, config = self.dataset.scenes, self.config

@@ -21,8 +21,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+import terminal
 from camera_colour import SRGB
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
 from compute_devices import Ranks, free_memory
@@ -271,7 +271,7 @@ class Scenes:
             )
         frames = []
         what = f"scenes into RAM as {dtype}"
-        for scene in tqdm(range(len(self.names)), desc=what, disable=None, leave=False):
+        for scene in terminal.bar(range(len(self.names)), desc=what, leave=False):
             cube, rgb, rgb_range = self.arrays(scene)
             frames.append(Frame(cube.astype(dtype, order="C"), rgb.copy(), rgb_range))
         self.frames = frames
@@ -420,9 +420,6 @@ class RawScenes(Scenes):
                     f"{path}: not MATLAB v7.3, decodes only as a whole; "
                     "stage it or use --memory_mode float16"
                 )
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"images": {}}  # a worker decodes its own
 
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""

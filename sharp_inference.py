@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import common_utils_v32 as common
+import terminal
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks, init_process_group, prepare_cuda, use_threads
@@ -343,13 +343,12 @@ def _normalised(model: Loaded, low: int, high: int) -> str:
 
 def progress(pixels: int, name: str) -> Any:
     """A bar of pixels that are done."""
-    return tqdm(
+    return terminal.bar(
         total=pixels,
         unit="MPixel",
         unit_scale=1e-6,
         desc=name,
         leave=False,
-        disable=None,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}",
     )
 
@@ -374,13 +373,14 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
         first.setdefault(target, path)
     failures = []
     mine = slice(ranks.rank, None, ranks.world_size)
-    for path, target in zip(inputs[mine], targets[mine], strict=True):
+    jobs = list(zip(inputs[mine], targets[mine], strict=True))
+    for path, target in terminal.bar(jobs, desc="photos", unit="photo"):
         try:
             if not path.is_file():
                 raise UserError("no such image, folder of images, or match")
             if first[target] != path:
                 raise UserError(f"{first[target]} gives {target.name} already; rename one")
-            print(reconstruct(model, path, target, kind, args))
+            terminal.say(reconstruct(model, path, target, kind, args))
         except UNREADABLE as error:
             failures.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")
     failures = ranks.gather_lists(failures)  # of all ranks, when all are done
@@ -413,7 +413,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
     if ranks.is_main:
         report(summaries, stress, output)
         if args.report:
-            print(f"look at {write_report(output, summaries, folders, stress)}")
+            terminal.say(f"look at {write_report(output, summaries, folders, stress)}")
 
 
 def evaluate_one(
@@ -434,7 +434,7 @@ def evaluate_one(
             shutil.rmtree(folder / part, ignore_errors=True)
     ranks.gather(None)  # the others write when that is done
     mine, peak = [], 0
-    for scene in tqdm(loader, desc=model.name, disable=None):
+    for scene in terminal.bar(loader, desc=model.name, unit="scene"):
         if not peak:  # this forward also warms up, so that the first one timed is like the others
             corner = scene.rgb[..., : args.patch_size, : args.patch_size]
             peak = peak_bytes(model, corner, args.prediction)
@@ -579,7 +579,7 @@ def main(argv: list[str] | None = None) -> None:
     models = [load_model(spec, device, args.loading) for spec in args.checkpoint]
     for model in models if ranks.is_main else []:
         nm = model.wavelengths
-        print(
+        terminal.say(
             f"{model.name}: {_place(model)}, {model.kind}, {model.weights} weights, "
             f"rgb_norm {model.rgb_norm}, {model.bands} bands {nm[0]:g}..{nm[-1]:g} nm, on {device}"
         )

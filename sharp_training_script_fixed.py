@@ -9,8 +9,8 @@ Go on after a stop, a crash or a preemption, bit for bit on a CPU:
     the same command and --resume_from auto
 
 A run lives in <output_dir>/<experiment_name>: config.json, last.ckpt, best.ckpt, best.safetensors,
-metrics.jsonl, summary.json and TensorBoard files. SIGTERM, SIGINT and SIGUSR1 finish the step,
-save, and exit with code 75.
+metrics.jsonl, summary.json, run.png and TensorBoard files. SIGTERM, SIGINT and SIGUSR1 finish the
+step, save, and exit with code 75.
 
 On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLICY=PASSIVE): OpenMP's
 threads wait busily, and two trainers on two cores slow each other tenfold without it.
@@ -28,13 +28,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common_utils_v32 as common
 import compute_devices as devices
+import terminal
 from checkpoint_files import load_weights, restoring, save_weights
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks
+from evaluation_report import write_run_figure
 from frame_prediction import predict_frame
 from optimized_dataloader import (
     DataConfig,
@@ -233,7 +234,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
-            tqdm.write(text)
+            terminal.say(text)
 
     def make_model(self, state: dict | None, resume: Path | None) -> None:
         """Model, what wraps it, its step engine and schedule."""
@@ -321,16 +322,12 @@ class Run:
             f"run: {self.folder.logs}"
         )
         self.saved_at = time.monotonic()
-        self.bar = tqdm(
+        self.bar = terminal.bar(
             total=cfg.epochs * self.iterations,
             initial=self.epoch * self.iterations + self.iteration,
             unit="it",
             smoothing=0.02,
-            disable=not self.ranks.is_main,
-            dynamic_ncols=True,
             desc="train",
-            mininterval=0.2 if sys.stderr.isatty() else 60,  # a log file is not filled with bars
-            maxinterval=60,
         )
 
     # --- the loop
@@ -531,6 +528,7 @@ class Run:
             "seconds": seconds,
         }
         common.write_json(self.folder.logs / "summary.json", summary)
+        write_run_figure(self.folder.logs)
 
     def load(self, state: dict, path: Path) -> None:
         """Go on from a checkpoint's state; the model's weights are loaded already."""

@@ -514,12 +514,15 @@ def contact_sheet(root: Path, index: dict[str, Any]) -> None:
         rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
         cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
         full_scale = np.iinfo(rgb.dtype).max
-        pictures = {entry["name"]: rgb / full_scale, "cube": cube_to_srgb(cube, nm)}
-        pictures |= {f"{nm[band]:.0f} nm": cube[..., band] for band in bands}
+        top = float(cube.max())
+        pictures = {entry["name"]: rgb / full_scale, "its cube": cube_to_srgb(cube, nm)}
+        pictures |= {f"{nm[band]:.0f} nm, white {top:.2g}": cube[..., band] for band in bands}
         for axis, (title, picture) in zip(row, pictures.items(), strict=False):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=float(cube.max()))
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=top)
             axis.set(title=title, xticks=[], yticks=[])
         middle = len(cube) // 2
         row[5].plot(nm, cube[:middle].mean((0, 1)), nm, cube[middle:].mean((0, 1)))
         row[5].legend(["top half", "bottom half"], fontsize=6)
+        row[5].set_title("mean spectra, nm")
+    sheet.suptitle("right where photo and cube show the same, the same way round")
     atomic_write(root / "contact_sheet.png", lambda file: sheet.savefig(file, format="png"))

@@ -28,8 +28,6 @@ GAIN_LIMIT = 3.0  # of the logarithm of a band's gain: 1/20 to 20
 # Smooth spectra that the head mixes: fewer than bands, so that what it learns holds for other
 # materials. Measured reflectances need fewer than 10.
 BASIS_RANK = 12
-SMOOTHNESS = 0.01  # weight of the squared second differences of a camera's response of 31 bands
-MOST_PIXELS = 2**17  # that a camera's response is fitted on
 BASIS_WEIGHT = 0.01  # of the loss that keeps those spectra smooth and orthonormal
 
 
@@ -218,23 +216,6 @@ def fit_linear_spectral_path(
     return beta[:, :-1].float(), beta[:, -1].float()
 
 
-def fit_camera_response(rgb: Tensor, cube: Tensor) -> Tensor:
-    """The smooth linear response (in, out) that makes rgb (B, in, h, w) of cube (B, out, h, w), in
-    float64. Pixels weigh by 1 / brightness, as a relative error does."""
-    bands = cube.shape[1]
-    x = rearrange(rgb.detach(), "b c h w -> (b h w) c")
-    y = rearrange(cube.detach(), "b c h w -> (b h w) c")
-    step = math.ceil(len(x) / MOST_PIXELS)
-    light = brightness(x[::step])
-    x, y = x[::step].div(light).double(), y[::step].div(light).double()
-    order = min(2, bands - 1)
-    difference = torch.eye(bands, dtype=y.dtype, device=y.device).diff(n=order, dim=0)
-    smoothness = SMOOTHNESS * (bands / 31) ** 5  # differences shrink as bands get finer
-    gram = y.T @ y / len(y) + smoothness * difference.T @ difference
-    gram.diagonal().add_(1e-6 * gram.diagonal().mean() + 1e-12)
-    return torch.linalg.solve(gram, y.T @ x / len(y)).T
-
-
 # --- the head
 
 
@@ -252,6 +233,8 @@ class CameraConsistency(nn.Module):
 
     PRIOR = 0.04
     SIDE = 5  # pixels
+    SMOOTHNESS = 0.01  # weight of the squared second differences of a response of 31 bands
+    MOST_PIXELS = 2**17  # that the response is fitted on
 
     whiten: Tensor
     seen: Tensor
@@ -272,7 +255,7 @@ class CameraConsistency(nn.Module):
         """Estimate the camera's smooth response and its noise.
 
         rgb (B, in, h, w) and cube (B, out, h, w), as in training."""
-        response = fit_camera_response(rgb, cube)
+        response = self._fit_response(rgb, cube)
         bands = response.shape[1]
         place = torch.arange(bands, dtype=response.dtype, device=rgb.device) * (31 / bands)
         # The prior error of a cube: errors of bands 20 nm apart are alike.
@@ -285,6 +268,23 @@ class CameraConsistency(nn.Module):
         self.seen.copy_(whiten @ response)
         self.back.copy_(prior @ (whiten @ response).T)
         self.noise.copy_(noise[:, None] / (self.PRIOR**2 * variance / variance.mean()))
+
+    def _fit_response(self, rgb: Tensor, cube: Tensor) -> Tensor:
+        """The smooth linear response (in, out) that makes rgb of cube, in float64.
+
+        Pixels weigh by 1 / brightness, as a relative error does."""
+        bands = cube.shape[1]
+        x = rearrange(rgb.detach(), "b c h w -> (b h w) c")
+        y = rearrange(cube.detach(), "b c h w -> (b h w) c")
+        step = math.ceil(len(x) / self.MOST_PIXELS)
+        light = brightness(x[::step])
+        x, y = x[::step].div(light).double(), y[::step].div(light).double()
+        order = min(2, bands - 1)
+        difference = torch.eye(bands, dtype=y.dtype, device=y.device).diff(n=order, dim=0)
+        smoothness = self.SMOOTHNESS * (bands / 31) ** 5  # differences shrink as bands get finer
+        gram = y.T @ y / len(y) + smoothness * difference.T @ difference
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + 1e-12)
+        return torch.linalg.solve(gram, y.T @ x / len(y)).T
 
     def _fit_noise(self, rgb: Tensor, cube: Tensor, response: Tensor) -> Tensor:
         """Variance of what the response leaves of rgb: (constant part, part per brightness)."""

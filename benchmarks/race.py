@@ -8,8 +8,7 @@ same full frames, which it never saw.
 An entrant is MODEL[:SIZE][,FIELD=VALUE...]: any field of the model's configuration (a list as in
 heads=[1,2,4]), and of training
 `init` (weights to start from), `mix` (a second folder of scenes), `share` (of it in a batch at the
-start, falling to none), `lr`, `relight` and `expose` (as of optimized_dataloader.py: its defaults
-for ours, none for MST++), and `without` (a part of the model, see ablation.py). --ablation
+start, falling to none), `lr`, and `without` (a part of the model, see ablation.py). --ablation
 races the variants listed there.
 
 --budget N gives each the time that MST++ needs for N steps: seconds of a step are measured in the
@@ -18,8 +17,7 @@ same run, the models in turn, and become numbers of steps, so that a busy machin
 Rows are saved as they end, and the same command goes on where it was stopped. The table gives means
 over scenes, ratios to MST++ and their 95 % bootstrap intervals over scenes, paired.
 
-Batch 4, patch 64, RGB / 255, dihedral augmentation, for our models also the changes of light that
-their trainers make by default, Adam 4e-4 with a cosine over the budget, MRAE
+Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam 4e-4 with a cosine over the budget, MRAE
 with floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as
 training time; reading data does not, it is the same for all.
 """
@@ -46,12 +44,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from ablation import ABLATIONS, take_out  # noqa: E402
 
 import common_utils_v32 as common  # noqa: E402
-from camera_colour import changed_light, gain_below_clipping, random_lights  # noqa: E402
 from common_utils_v32 import UserError  # noqa: E402
 from compute_devices import resolve_device  # noqa: E402
-from optimized_dataloader import DataConfig, MSTPlusPlusLoss, relight, val_loader  # noqa: E402
+from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
 from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
-from spectral_layers import fit_camera_response  # noqa: E402
 from training_runs import environment_record, start_weights  # noqa: E402
 
 BATCH, PATCH, LR, FLOOR = 4, 64, 4e-4, 1e-2
@@ -62,7 +58,6 @@ TIMED_STEPS = 8  # of each entrant, in turn; the first warms up
 CURVE_POINTS = 5  # scores on the way, for learning curves
 DRAWS = 2000  # of the bootstrap
 TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR, "without": ""}
-LIGHT = {"relight": DataConfig.relight, "expose": DataConfig.expose}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 Scene = tuple[str, torch.Tensor, torch.Tensor]  # name, rgb (3, H, W), cube (bands, H, W)
 
@@ -83,15 +78,14 @@ def parse_entrant(text: str) -> Entrant:
     model, _, size = head.partition(":")
     if model not in (RIVAL, "hsifusion", "sharp"):
         raise UserError(f"--entrants {text}: choose mst++, hsifusion or sharp")
-    light = dict.fromkeys(LIGHT, 0.0) if model == RIVAL else LIGHT
-    entrant = Entrant(text, model, size or "tiny", {}, TRAINING | light)
+    entrant = Entrant(text, model, size or "tiny", {}, dict(TRAINING))
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        if name in entrant.training:
+        if name in TRAINING:
             entrant.training[name] = parsed
         else:
             entrant.options[name] = parsed
@@ -137,28 +131,12 @@ def splits(data_root: str, folds: int, most: int | None) -> Iterator[tuple[str, 
 
 
 class Patches:
-    """The same endless sequence of batches for every entrant, in changing light where `relight` or
-    `expose` say so; with `mixed` scenes, a share of each batch that falls from `share` to none
-    comes from them."""
+    """The same endless sequence of batches for every entrant; with `mixed` scenes, a share of each
+    batch that falls from `share` to none comes from them."""
 
-    def __init__(
-        self,
-        scenes: list[Scene],
-        batch: int,
-        patch: int,
-        seed: int,
-        relight: float = 0.0,
-        expose: float = 0.0,
-    ) -> None:
-        self.scenes, self.batch, self.patch, self.seed = scenes, batch, patch, seed
-        self.rng, self.samples = np.random.default_rng(seed), 0
-        self.relight, self.expose = relight, expose
-        if relight + expose > 0:
-            side = min(min(scene[1].shape[1:]) for scene in scenes)
-            rgb, cube = (
-                torch.stack([scene[part][:, :side, :side] for scene in scenes]) for part in (1, 2)
-            )
-            self.response = fit_camera_response(rgb, cube).float().numpy()
+    def __init__(self, scenes: list[Scene], batch: int, patch: int, seed: int) -> None:
+        self.scenes, self.batch, self.patch = scenes, batch, patch
+        self.rng = np.random.default_rng(seed)
 
     def draw(self, scenes: list[Scene]) -> list[torch.Tensor]:
         """One patch of rgb and cube, turned alike."""
@@ -179,22 +157,7 @@ class Patches:
             pairs.append(self.draw(mixed if other else self.scenes))
         rgb, cube = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         layout = torch.channels_last
-        rgb, cube = rgb.contiguous(memory_format=layout), cube.contiguous(memory_format=layout)
-        if self.relight + self.expose > 0:
-            rgb, cube = self.in_other_light(rgb, cube)
-        return rgb, cube
-
-    def in_other_light(
-        self, rgb: torch.Tensor, cube: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = [(self.seed, self.samples + number, 2) for number in range(self.batch)]
-        self.samples += self.batch
-        ratio, gain = random_lights(keys, cube.shape[1], self.relight, self.expose)
-        gain = gain_below_clipping(gain, ratio, rgb.amax((2, 3)).numpy(), self.response)
-        light = torch.from_numpy(changed_light(ratio, gain, self.response)).float()
-        rgb, cube = rgb.permute(0, 2, 3, 1), cube.permute(0, 2, 3, 1)
-        rgb = relight(rgb * torch.from_numpy(gain).float()[:, None, None, None], cube, light)
-        return rgb.permute(0, 3, 1, 2), cube.permute(0, 3, 1, 2)
+        return rgb.contiguous(memory_format=layout), cube.contiguous(memory_format=layout)
 
 
 # --- training and scoring
@@ -318,9 +281,7 @@ def race(
     run.fit(scenes)
     settings = entrant.training
     mixed = load(settings["mix"], "train") if settings["mix"] else []
-    patches = Patches(
-        scenes, args.batch, args.patch, args.seed, settings["relight"], settings["expose"]
-    )
+    patches = Patches(scenes, args.batch, args.patch, args.seed)
     marks = {round(steps * (part + 1) / CURVE_POINTS) for part in range(CURVE_POINTS - 1)}
     curve = []
     for number in range(steps):

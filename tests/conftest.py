@@ -69,6 +69,7 @@ def runs_in_this_process(monkeypatch):
     for trainer in ("hsifusion_training", "sharp_training_script_fixed"):
         module = importlib.import_module(trainer)
         monkeypatch.setattr(module, "scene_figure", lambda *args: None)
+        monkeypatch.setattr(module, "write_run_figure", lambda folder: None)
     monkeypatch.setattr(training_runs.RunLog, "figure", lambda *args: None)
 
 

@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
-from evaluation_report import write_cube_page, write_report
+from evaluation_report import write_cube_page, write_report, write_run_figure
 from spectral_evaluation import HEADLINE, scene_bands, scene_metrics, summarise
 
 NM = [float(nm) for nm in range(400, 701, 10)]
@@ -195,3 +196,26 @@ def test_a_cube_alone_has_a_page_of_its_own(browser, tmp_path):
     np.testing.assert_allclose(point["predicted"], cube[:, 20, point["column"]], atol=3e-4)
     assert not browser.find_element("id", "headline").is_displayed()
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_a_run_ends_with_a_picture_of_it(tmp_path, monkeypatch):
+    lines = [{"kind": "train", "step": step, "mrae": 1 / step, "lr": 0.1} for step in (1, 2)]
+    lines += [{"kind": "val", "step": 2, "mrae": None, "sam": 9.0}]
+    drawn = []
+
+    def keep(axis, x, y, *style, label, **more):
+        drawn.append((label, x, y))
+        return plot(axis, x, y, *style, label=label, **more)
+
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", keep)
+    for count, axes in ((0, 0), (2, 2), (3, 3)):
+        text = "".join(f"{json.dumps(line)}\n" for line in lines[:count])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        drawn.clear()
+        write_run_figure(tmp_path)
+        picture = tmp_path / "run.png"
+        assert picture.exists() == bool(axes)
+        if axes:
+            assert Image.open(picture).width == axes * 5 * 110
+    assert ("training patches", [1, 2], [1.0, 0.5]) in drawn and ("", [2], [9.0]) in drawn

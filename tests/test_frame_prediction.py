@@ -147,7 +147,7 @@ def test_a_frame_to_score_that_does_not_fit_is_predicted_in_tiles(capsys):
     whole = torch.nn.functional.conv2d(rgb, network.weight, network.bias, padding=1)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
     assert network.refused.count((300, 420)) == 1  # the whole frame is not tried again
-    assert "out of memory with a tile of 420 px: going on with 208 px" in capsys.readouterr().err
+    assert "out of memory with a tile of 420 px: going on with 208 px" in capsys.readouterr().out
     small = rgb[..., :100, :120]
     assert torch.equal(predict_frame(network, small, torch.device("cpu")), network(small))
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
+    "terminal": 1,
     "common_utils_v32": 1,
     "checkpoint_files": 1,
     "file_claims": 1,
@@ -38,6 +39,7 @@ FLOORS = {
 }
 WRITERS = ("atomic_write", "temporary_prefix", "to_json")
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt", *WRITERS)}
+OPEN_TO_NEIGHBOURS |= {("terminal", ""), ("terminal", "CliParser")}
 OPEN_TO_NEIGHBOURS |= {("compute_devices", "free_memory")}
 CLAIMS = ("check_claim", "check_claims", "open_image", "read_packed")
 OPEN_TO_NEIGHBOURS |= {("file_claims", name) for name in CLAIMS}

@@ -6,6 +6,7 @@ import shutil
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import (
@@ -37,7 +38,6 @@ from optimized_dataloader import (
     val_loader,
 )
 from scene_folders import RgbFacts
-from spectral_layers import fit_camera_response
 
 
 def patches_of(batches):
@@ -187,50 +187,6 @@ def test_augmentation_reaches_all_8_elements_and_can_be_off(staged):
     assert not any(batch.augment.any() for batch in off)
 
 
-def prepared(staged, **changes):
-    loader = train_loader(config(staged, rgb_norm="unit", iterations_per_epoch=30, **changes))
-    batches = [prepare_batch(batch) for batch in epoch_of(loader)]
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-def test_a_change_of_light_moves_the_photo_as_the_camera_sees_it(staged):
-    """What is left between photo and camera, the noise, is as it was."""
-    rgb, cube = prepared(staged, relight=0, expose=0)
-    relit_rgb, relit_cube = prepared(staged, relight=0.3, expose=0.5)
-    response = fit_camera_response(rgb, cube).float()
-    ratio = relit_cube.mean((2, 3)) / cube.mean((2, 3))
-    changed = (ratio - 1).abs().amax(1) > 0.01
-    assert 0.5 < changed.float().mean() < 0.95  # of three quarters in the mean
-    torch.testing.assert_close(relit_cube, cube * ratio[..., None, None], rtol=1e-3, atol=1e-4)
-    noise = rgb - torch.einsum("kn,bnhw->bkhw", response, cube)
-    gain = torch.exp(ratio.log().mean(1)).clamp(0.5, 2)[:, None, None, None]
-    left = relit_rgb - torch.einsum("kn,bnhw->bkhw", response, relit_cube)
-    assert (left / gain - noise).abs().mean() < 0.2 * noise.abs().mean()
-    assert relit_rgb.max() <= max(1.01, rgb.max())
-
-
-def test_brightness_changes_only_where_rgb_keeps_it(staged):
-    changes = {"relight": 0, "expose": 1.0, "iterations_per_epoch": 10}
-    for norm in ("unit", "per_image"):
-        batch = epoch_of(train_loader(config(staged, rgb_norm=norm, **changes)))[0]
-        gains = batch.light[:, 3]
-        assert gains.min() >= np.exp(-1) and (gains == gains[:, :1]).all()
-        assert (gains != 1).any() == (norm == "unit")
-
-
-def test_changes_of_light_are_those_of_the_sample_whoever_reads_it(staged):
-    whole = epoch_of(train_loader(config(staged, batch_size=4)))
-    halves = [
-        epoch_of(train_loader(config(staged, batch_size=2, rank=rank, world_size=2)))
-        for rank in range(2)
-    ]
-    for batch, first, second in zip(whole, *halves, strict=True):
-        assert torch.equal(batch.light, torch.cat([first.light, second.light]))
-    assert not torch.equal(whole[0].light, whole[1].light)
-    off = train_loader(config(staged, augment=False))
-    assert not epoch_of(off)[0].light.numel()
-
-
 @pytest.mark.parametrize("mode", ["lazy", "float16"])
 def test_batches_do_not_depend_on_workers(staged, mode):
     expected = epoch_of(train_loader(config(staged, memory_mode=mode)), 3)
@@ -238,6 +194,29 @@ def test_batches_do_not_depend_on_workers(staged, mode):
         loader = train_loader(config(staged, memory_mode=mode, num_workers=workers))
         assert same(epoch_of(loader, 3), expected)
         assert same(epoch_of(loader, 3, 2), expected[2:])  # the same workers, from elsewhere
+
+
+def test_shared_memory_too_small_for_workers_is_one_line(staged, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(data, "SHARED_MEMORY", tmp_path)
+    first = next(iter(train_loader(config(staged))))
+    batch = first.rgb.nbytes + first.cube.nbytes  # two workers hold two each, and one is in use
+    for free, fits in ((5 * batch, True), (5 * batch - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, f=free: usage._replace(free=f))
+        if fits:
+            train_loader(config(staged, num_workers=2))
+        else:
+            with pytest.raises(UserError, match="need .* MB of shared memory.*--num_workers 0"):
+                train_loader(config(staged, num_workers=2))
+            train_loader(config(staged, num_workers=0))
+
+
+def test_a_worker_that_is_killed_is_one_line(staged):
+    loader = train_loader(config(staged, num_workers=1, iterations_per_epoch=50))
+    with pytest.raises(UserError, match="worker.*--num_workers 0"):
+        for _ in loader:
+            for child in psutil.Process().children():
+                child.kill()
 
 
 def test_scenes_in_ram_stay_in_this_process_where_workers_cannot_be_forked(staged, monkeypatch):
@@ -348,7 +327,9 @@ def test_memory_guard_names_lazy_mode_before_reading(request, monkeypatch, folde
     with monkeypatch.context() as patch:
         patch.setattr(scene_folders, "free_memory", lambda: needed - 1)
         patch.setattr(
-            scene_folders, "tqdm", lambda *args, **kwargs: pytest.fail("read before the guard")
+            scene_folders.terminal,
+            "bar",
+            lambda *args, **kwargs: pytest.fail("read before the guard"),
         )
         with pytest.raises(UserError, match="2 scenes take .* GB.*--memory_mode lazy"):
             train_loader(settings)

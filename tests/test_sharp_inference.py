@@ -410,7 +410,7 @@ def test_out_of_memory_halves_the_tile_and_goes_on(capsys):
     assert patch == 260
     model.module.largest = 70 * 70
     tiles, patch = predict(model, source, (200, 260), args, allocate)
-    assert patch == 64 and "260 px: going on with 128 px" in capsys.readouterr().err
+    assert patch == 64 and "260 px: going on with 128 px" in capsys.readouterr().out
     np.testing.assert_allclose(tiles, full, atol=1e-5)
     model.module.largest = 10
     with pytest.raises(common.UserError, match="out of memory"):

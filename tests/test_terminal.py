@@ -1,0 +1,86 @@
+"""What scripts say: --quiet and --verbose mean the same in all; bars know terminals from files."""
+
+import importlib
+import io
+
+import pytest
+from conftest import run_setup
+from test_sharp_inference import photo, write_checkpoint
+
+import sharp_inference
+import terminal
+from frame_prediction import FACTORIES
+
+SCRIPTS = ("sharp_inference", "dataset_setup", "hsifusion_training", "sharp_training_script_fixed")
+
+
+@pytest.fixture(autouse=True)
+def loudness():
+    yield
+    terminal.set_loudness(quiet=False, verbose=False)
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_both_flags_and_not_both_at_once(script, capsys, monkeypatch):
+    main = importlib.import_module(script).main
+    for argv, words in ((["--help"], "--verbose"), (["--quiet", "--verbose"], "not allowed")):
+        monkeypatch.setattr("sys.argv", [script, *argv])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr()
+        assert words in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "flag, said, settings", [([], True, False), (["--quiet"], False, False), (["--verbose"], 1, 1)]
+)
+def test_a_photo_is_said_settings_on_request(tmp_path, monkeypatch, capsys, flag, said, settings):
+    monkeypatch.setitem(FACTORIES, "hsifusion", ("standin_model", "create"))
+    checkpoint = write_checkpoint(tmp_path / "m.ckpt")
+    photo(tmp_path / "a.png")
+    files = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "a.npy")]
+    sharp_inference.main(["--checkpoint", str(checkpoint), *files, *flag])
+    out, _ = capsys.readouterr()
+    assert ("whole frame" in out) == bool(said) and ("settings: {" in out) == bool(settings)
+    assert (tmp_path / "a.npy").exists()
+
+
+def test_quiet_staging_says_nothing_and_a_table_asked_for_stays(raw_arad, tmp_path, capfd):
+    root = ["--arad-root", raw_arad, "--workers", 1]
+    grid = ["--patch-size", 32]
+    run_setup(*root, *grid, "--output-root", tmp_path / "staged", "--quiet")
+    assert capfd.readouterr() == ("", "")
+    run_setup(*root, "--verify-only", "--quiet")
+    out, err = capfd.readouterr()
+    assert "4 scenes, 0 with problems" in out and err == ""
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_is_silent_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "BAR_DELAY", 0)
+    for quiet, rank, drawn in ((False, "0", True), (True, "0", False), (False, "1", False)):
+        monkeypatch.setenv("RANK", rank)
+        terminal.set_loudness(quiet=quiet, verbose=False)
+        screen = Screen()
+        monkeypatch.setattr("sys.stderr", screen)
+        assert list(terminal.bar(range(3), desc="three")) == [0, 1, 2]
+        assert ("three" in screen.getvalue()) == drawn
+    terminal.set_loudness(quiet=False, verbose=False)
+    monkeypatch.setenv("RANK", "0")
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    for number in terminal.bar(range(3)):
+        terminal.say(f"line {number}")
+    assert log.getvalue() == ""
+    assert capsys.readouterr().out == "line 0\nline 1\nline 2\n"
+
+
+def test_what_takes_no_time_needs_no_bar(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    list(terminal.bar(range(3)))
+    assert screen.getvalue() == ""
