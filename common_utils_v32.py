@@ -51,7 +51,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main. A UserError or an OS error becomes one line on stderr and exit code 2; a
     traceback comes before it with --verbose alone."""
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        if hasattr(signal, "SIGCHLD"):  # a loader's workers end with this process: no error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        sys.exit(code)
     except KeyboardInterrupt:
         sys.exit(130)
     except MemoryError as error:

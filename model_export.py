@@ -38,6 +38,7 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
         averaged=model.weights == "ema",
     )
     difference, failure = export_onnx(model, folder / "model.onnx", side)
+    sides = ["32 n", "32 m"] if 2 in free_sizes(model.kind) else [side, side]
     facts = {
         "model": model.kind,
         "weights": f"{model.weights} of {Path(model.path).name}",
@@ -51,9 +52,7 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
         "parameters": sum(p.numel() for p in module.parameters()),
         "model_config": model.config,
         "data": model.data,
-        "onnx_input": ["batch", 3, "32 n", "32 m"]
-        if free_sizes(model.kind)
-        else [1, 3, side, side],
+        "onnx_input": ["batch", 3, *sides],
         "onnx_difference": difference,
     }
     common.write_json(folder / "config.json", facts)
@@ -67,12 +66,13 @@ def export(model: Loaded, folder: Path, side: int | None) -> None:
 
 
 def free_sizes(kind: str) -> dict[int, Any]:
-    """Which sizes of the ONNX file's input are free: of HSIFusionNet the batch, and the sides in
-    steps of SIDE_STEP; of SHARP none, its tiles are laid out as the graph is made."""
-    if kind != "hsifusion":
-        return {}
-    sides = {axis: SIDE_STEP * Dim(name, min=2, max=128) for axis, name in ((2, "n"), (3, "m"))}
-    return {0: Dim("batch", min=1, max=256)} | sides
+    """Which sizes of the ONNX file's input are free: the batch, and of HSIFusionNet the sides in
+    steps of SIDE_STEP; SHARP's tiles are laid out as the graph is made."""
+    free: dict[int, Any] = {0: Dim("batch", min=1, max=256)}
+    if kind == "hsifusion":
+        for axis, name in ((2, "n"), (3, "m")):
+            free[axis] = SIDE_STEP * Dim(name, min=2, max=128)
+    return free
 
 
 def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
@@ -80,8 +80,8 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
     largest difference to torch over some sizes, and what is wrong with it, if anything is."""
     onnxruntime, _ = extra("onnxruntime"), extra("onnxscript")
     free = free_sizes(model.kind)
-    shapes = [(1, 3, side, side)]
-    if free:
+    shapes = [(2, 3, side, side), (1, 3, side, side), (3, 3, side, side)]
+    if 2 in free:
         side = -(-side // SIDE_STEP) * SIDE_STEP
         shapes = [(2, 3, side, side)]
         shapes += [(1, 3, side // 2 + SIDE_STEP, side), (3, 3, 2 * SIDE_STEP, 3 * SIDE_STEP)]
@@ -93,7 +93,7 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
                 (torch.rand(shapes[0]),),
                 file,
                 input_names=["rgb"],
-                dynamic_shapes=(free or None,),
+                dynamic_shapes=(free,),
                 external_data=False,
                 verbose=False,
             )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -275,21 +276,30 @@ class _LocalTiles:
         return tiles.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
 
     def add(self, x: Tensor, value: Tensor, step: int, reach: int) -> None:
-        """Add such tiles to the frame x. Neighbours share the border, so they are added in pieces
-        of a tile's size at most, of which no two overlap."""
-        (down, across), rows, columns, (left, _, top, _) = self._place(step, reach)
-        size = TILE + 2 * reach
-        value = value.unflatten(2, (size, size)).unflatten(1, (down, across))
+        """Add such tiles to the frame x."""
+        tiles, rows, columns, (left, _, top, _) = self._place(step, reach)
+        value = value.unflatten(2, (TILE + 2 * reach, -1)).unflatten(1, tiles)
+        if reach:
+            part = self._overlapping(value)
+        else:
+            part = rearrange(value, "b y x p q d -> b (y p) (x q) d")
+        frame = x[:, rows, columns]
+        frame += part[:, top : top + frame.shape[1], left : left + frame.shape[2]]
+
+    def _overlapping(self, value: Tensor) -> Tensor:
+        """The sum of tiles of keys (BH, down, across, size, size, D), TILE from one another, as an
+        image. Neighbours share a border, so they are added in pieces of a tile's size at most, of
+        which no two overlap."""
+        down, across, size = value.shape[1:4]
         below, right = (down - 1) * TILE, (across - 1) * TILE
-        part = x.new_zeros(x.shape[0], below + size, right + size, x.shape[3])
+        part = value.new_zeros(len(value), below + size, right + size, value.shape[5])
         for y, z in itertools.product(range(0, size, TILE), repeat=2):
             piece = value[:, :, :, y : y + TILE, z : z + TILE]
             height, width = piece.shape[3:5]
             span = part[:, y : y + below + height, z : z + right + width]
             places = span.unfold(1, height, TILE).unfold(2, width, TILE)
             places.permute(0, 1, 2, 4, 5, 3).add_(piece)
-        frame = x[:, rows, columns]
-        frame += part[:, top : top + frame.shape[1], left : left + frame.shape[2]]
+        return part
 
     def inputs(
         self, step: int, q: Tensor, k: Tensor, v: Tensor

@@ -23,6 +23,7 @@ from cube_files import read_cube
 from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
 from hsifusion_v252_complete import create_hsifusion_lightning_pro
 from photo_files import read_photo
+from sharp_v322_hardened import create_sharp_v32
 
 
 @pytest.fixture(autouse=True)
@@ -468,24 +469,35 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
     assert "405" in (tmp_path / "art/README.md").read_text()
 
 
+SMALL = {
+    "hsifusion": {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)},
+    "sharp": {"base_dim": 16, "depths": (1, 1), "heads": (1, 1), "mlp_ratios": (1, 1)},
+}
+SIZES = {
+    "hsifusion": ((1, 3, 64, 64), (2, 3, 96, 160), (5, 3, 192, 64)),
+    "sharp": ((1, 3, 128, 128), (2, 3, 128, 128), (5, 3, 128, 128)),
+}
+
+
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
-def test_hsifusionnets_onnx_file_takes_any_batch_and_size(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", list(SMALL))
+def test_the_onnx_file_takes_any_batch_and_of_hsifusionnet_any_size(kind, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     monkeypatch.undo()
     torch.manual_seed(0)
-    small = {"base_channels": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
-    model = create_hsifusion_lightning_pro("tiny", **small)
+    create = {"hsifusion": create_hsifusion_lightning_pro, "sharp": create_sharp_v32}[kind]
+    model = create("tiny", **SMALL[kind])
     facts = {"rgb_norm": "unit", "wavelengths": list(range(400, 701, 10))}
-    state = {"model": "hsifusion", "data": facts, "state_dict": model.state_dict(), "ema": None}
+    state = {"model": kind, "data": facts, "state_dict": model.state_dict(), "ema": None}
     state["model_config"] = dataclasses.asdict(model.config)
     common.save_checkpoint(tmp_path / "m.ckpt", state)
     run("--checkpoint", tmp_path / "m.ckpt", "--export", tmp_path, "--patch_size", 128)
     session = onnxruntime.InferenceSession(
         tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
     )
-    for shape in ((1, 3, 64, 64), (2, 3, 96, 160), (5, 3, 192, 64)):
+    for shape in SIZES[kind]:
         rgb = torch.rand(shape)
         with torch.no_grad():
             want = model.eval()(rgb)
