@@ -22,7 +22,7 @@ CUBE_KEYS = ("cube", "reflectance", "rad", "hsi", "hyper", "data", "datacube")
 BAND_KEYS = ("bands", "wavelengths", "wavelength", "lambda", "wl", "centers", "wavelengths_nm")
 NUMBERS = "iuf"  # NumPy's kinds of integers and floats
 NOT_NUMBERS = ("char", "logical", "sparse", "function", "object", "opaque")  # MATLAB's classes
-HDF5_SUFFIXES = (".h5", ".hdf5")
+HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
 ARRAY_SUFFIXES = (".npz", ".mat", *HDF5_SUFFIXES)
 
 

@@ -37,18 +37,22 @@ from raster_files import (
     read_envi,
     read_tiff,
     tiff_facts,
+    to_values,
     write_tiff,
 )
 
 RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff")
-CUBE_SUFFIXES = (".mat", ".npy", ".npz", ".hdr", ".h5", ".hdf5", *TIFF_SUFFIXES)
+CUBE_SUFFIXES = (*ARRAY_SUFFIXES, ".npy", ".hdr", *TIFF_SUFFIXES)
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # and all whose name begins with a dot
 LAYOUTS = ("hwc", "chw", "cwh", "whc")  # orders of height, width and bands that files have
 FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
 UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
 MOST_REFLECTANCE = 2.0  # of a shining surface beside the white of the calibration; above are counts
 FEW = 0.01  # share of values that may be outliers
+# Attributes of an HDF5 data set, in lower case.
+FACTORS = ("scale_factor", "add_offset")
+NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
 EXIF_ORIENTATION = 0x0112
 # Arrays above this are mapped to files, and pages let go after as much was written.
@@ -244,7 +248,11 @@ def read_stored(
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
                 axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
-                stored = array.astype(np.float32)[()]
+                facts = attribute_facts(array, path)
+                if facts == Facts():
+                    stored = array.astype(np.float32)[()]
+                else:
+                    stored = to_values(array[()], facts)
         else:
             raise UserError(
                 f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images"
@@ -254,6 +262,24 @@ def read_stored(
     layout = cube_axes(stored.shape, path, axes=axes, **hints)
     values = np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
     return values, facts
+
+
+def attribute_facts(array: Any, path: Path) -> Facts:
+    """What the attributes of an HDF5 data set say of its values: a factor, which NEON divides by
+    (10000) and the CF conventions multiply by (0.0001), and the value that means no data."""
+    said: dict[str, float] = {}
+    for name, value in getattr(array, "attrs", {}).items():
+        if name.lower() in (*FACTORS, *NO_DATA):
+            said[name.lower()] = float(np.ravel(value)[0])
+    if said.get("add_offset", 0):
+        raise UserError(f"{path}: its values have an add_offset; apply it first")
+    no_data = next((said[name] for name in NO_DATA if name in said), None)
+    factor = said.get("scale_factor", 1.0)
+    if not 0 < factor < np.inf:
+        raise UserError(f"{path}: a scale_factor of {factor:g}; mend the file")
+    factor = factor if factor >= 1 else 1 / factor
+    remarks = (f"its scale_factor is applied: divided by {factor:g}",) if factor != 1 else ()
+    return Facts(no_data=no_data, factor=factor, remarks=remarks)
 
 
 def cube_sources(path: Path) -> list[Path]:
@@ -332,6 +358,8 @@ def find_stored_cube(
         with open_arrays(path) as arrays:
             key = pick_key(arrays, key, path)
             shape = arrays[key].shape
+            if attribute_facts(arrays[key], path) != Facts():
+                return None
     axes = cube_axes(shape, path, axes=axes, bands=bands, rgb_shape=rgb_shape)
     return StoredCube(path, key, axes, shape[axes.index("c")])
 

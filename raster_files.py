@@ -199,7 +199,7 @@ def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
         facts = facts._replace(remarks=(*facts.remarks, remark))
     stored = content[start:end].view(kind)
     stored = rearrange(stored, INTERLEAVES[interleave], h=height, w=width, c=bands)
-    values = _to_values(stored, facts)
+    values = to_values(stored, facts)
     gains = _numbers(fields, "data gain values", path, bands) or [1.0]
     offsets = _numbers(fields, "data offset values", path, bands) or [0.0]
     if set(gains) != {1} or set(offsets) != {0}:
@@ -219,7 +219,7 @@ def _envi_bytes(path: Path, compressed: bool) -> Any:
     return np.memmap(file, np.uint8, "r")
 
 
-def _to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
+def to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
     """float32, divided by the factor, NaN for what means no data."""
     values = np.array(stored, np.float32, order="C")
     if facts.no_data is not None:
@@ -247,7 +247,7 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
             f"{path}: {stored.dtype} of axes {series.axes}; give real numbers, a page or a sample "
             "a band"
         )
-    return _to_values(stored, facts), None if "Q" in series.axes else axes, facts
+    return to_values(stored, facts), None if "Q" in series.axes else axes, facts
 
 
 def tiff_facts(path: Path) -> Facts:

@@ -353,6 +353,34 @@ def mat_classes(folder):
 
 
 @row
+def hdf5_attributes(folder, tmp_path):
+    counts = np.rint(cube_of() * 10000).astype(np.int16)
+    counts[3, 5] = -9999
+    hwc = ("--axes", "hwc")
+    for name, attributes in (
+        ("neon.h5", {"Scale_Factor": 10000.0, "Data_Ignore_Value": -9999.0}),
+        ("cf.nc", {"scale_factor": np.float32([0.0001]), "_FillValue": np.int16([-9999])}),
+    ):
+        path = folder / name
+        with h5py.File(path, "w") as file:
+            file["Reflectance_Data"] = counts
+            file["Reflectance_Data"].attrs.update(attributes)
+            file["Metadata/Spectral_Data/Wavelength"] = NM
+        cube = read_cube(path, axes="hwc")
+        assert np.isnan(cube[3, 5]).all() and np.isnan(cube).sum() == BANDS
+        np.testing.assert_allclose(cube[0], counts[0] / 10000, atol=1e-6)
+        assert read_wavelengths(path) == NM
+        refused("1 pixels hold no data .the value -9999.", stage, folder, tmp_path / "s", *hwc)
+        index = stage(folder, tmp_path / name, *hwc, "--fill", 0)
+        assert "divided by 10000" in str(index["splits"]["train"][0])
+        refused("factor 10000 is applied", stage, folder, tmp_path / "s", *hwc, "--scale", 10000)
+        with h5py.File(path, "r+") as file:
+            file["Reflectance_Data"].attrs["add_offset"] = 1.0
+        refused("add_offset", read_cube, path, axes="hwc")
+        path.unlink()
+
+
+@row
 def hdf5(folder, monkeypatch):
     cube = cube_of()
     for suffix, order in ((".h5", (0, 1, 2)), (".hdf5", (2, 0, 1))):
