@@ -1,5 +1,5 @@
 # make demo   the whole way on synthetic scenes: data, training, inference, pictures, a table
-# make test   the quick tests;   make soak   those that take minutes
+# make test   the quick tests;   make soak   those that take minutes; HSI_SOAK_MINUTES=60 of load
 # make weights   what ships in weights/, trained from nothing
 # make bench MST_ROOT=... DATA_ROOT=...   all that is measured;   make gpu MST_ROOT=...   on a card, without a set-up
 # make lint   layout, habits and types of the code

@@ -61,7 +61,8 @@ def band_arrays(path: Path) -> list[np.ndarray]:
     with open_arrays(path, BAND_KEYS) as arrays:
         names = [name for name in arrays if leaf(name) in BAND_KEYS]
         names.sort(key=lambda name: (name.count("/"), BAND_KEYS.index(leaf(name))))
-        return [arrays[name][()] for name in names]
+        found = [np.asarray(arrays[name][()]) for name in names]
+        return sorted(found, key=lambda values: values.size == 1)  # which may count the bands
 
 
 def open_hdf5(path: Path) -> h5py.File:

@@ -7,6 +7,7 @@ write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import math
@@ -111,18 +112,36 @@ def extra(module: str) -> ModuleType:
         ) from None
 
 
-def allocate_array(shape: tuple[int, ...], dtype: type, work: Path) -> np.ndarray:
-    """An empty array: in memory when it is small, else mapped to a file in `work`."""
+def allocate_array(shape: tuple[int, ...], dtype: type, work: Path, copies: int = 1) -> np.ndarray:
+    """An empty array: in memory when it is small, else mapped to a file in `work`, on a disk that
+    is to hold so many copies of it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= MAPPED_BYTES:
         return np.empty(shape, dtype)
-    free = shutil.disk_usage(work).free
-    if size > free:
+    free, needed = shutil.disk_usage(work).free, copies * size
+    if needed > free:
         raise UserError(
-            f"{work.parent}: needs {size / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are free"
+            f"{work.parent}: needs {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are free"
         )
     file = work / f"{np.dtype(dtype)}.npy"
-    return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    reserve(file, file.stat().st_size)
+    return array
+
+
+def reserve(file: Path, size: int) -> None:
+    """Take this file's space on its disk now, where the system can: a full disk would end the
+    process by a signal when pages of a mapped file are written, and in HDF5."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(file, "ab") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"{file.parent.parent}: the disk is full; make room, run the same again"
+                ) from None
 
 
 def release(array: np.ndarray) -> None:
@@ -312,6 +331,9 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
+        if kind != "npy":
+            reserve(file, cube.nbytes)
+            file.unlink(missing_ok=True)
         if kind == "npy":
             _write_npy(file, cube)
         elif kind == "npz":
@@ -422,6 +444,7 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
         dtype=np.float32,
         interleave="bsq",
     )
+    reserve(path.with_suffix(".img"), cube.nbytes)
     target = image.open_memmap(interleave="source", writable=True)  # (bands, H, W)
     for band, rows in blocks(cube):
         target[band, rows] = cube[band, rows]

@@ -51,7 +51,9 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     0.2 to 20 is micrometres and 200 to 3000 is nm; what is beyond could be Angstroms or
     wavenumbers, and is refused."""
     values = np.asarray([] if facts.centres is None else facts.centres, np.float64).ravel()
-    if values.size < 2 or not np.isfinite(values).all() or values.min() <= 0:
+    if not values.size or not np.isfinite(values).all() or values.min() <= 0:
+        return None
+    if values.size == 1 and not 200 <= values[0] <= 3000:  # a count of bands
         return None
     if (values == np.arange(1, len(values) + 1)).all():  # numbers of bands
         return None
@@ -242,6 +244,8 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
         check_claim(path, series.nbytes, path.stat().st_size)
         stored = series.asarray()
     axes = "".join({"Y": "h", "X": "w"}.get(letter, "c") for letter in series.axes)
+    if axes == "hw" and len(facts.centres or []) == 1:
+        stored, axes = stored[None], "chw"
     if stored.dtype.kind not in "iuf" or sorted(axes) != ["c", "h", "w"]:
         raise UserError(
             f"{path}: {stored.dtype} of axes {series.axes}; give real numbers, a page or a sample "
@@ -288,11 +292,12 @@ def write_tiff(file: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
         for band, nm in enumerate(wavelengths)
     ]
     metadata = f"<GDALMetadata>{''.join(names)}</GDALMetadata>"
+    several = len(cube) > 1
     tifffile.imwrite(
         file,
-        cube,
+        cube if several else cube[0],
         photometric="minisblack",
-        planarconfig="separate",
+        planarconfig="separate" if several else None,
         metadata=None,
         extratags=[(GDAL_METADATA, "s", 0, metadata, True)],
     )

@@ -291,6 +291,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             )
         source, low, high = photo_source(rgb, model.rgb_norm, model.encoding)
         height, width = rgb.shape[:2]
+        copies = 1 if kind == "npy" else 2  # other files are written from a mapped .npy
 
         def predicted() -> tuple[np.ndarray, int]:
             with progress(height * width, path.name) as bar:
@@ -299,7 +300,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
                     source,
                     (height, width),
                     args.prediction,
-                    lambda bands: allocate_array((bands, height, width), np.float32, work),
+                    lambda bands: allocate_array((bands, height, width), np.float32, work, copies),
                     channels=model.bands,
                     tick=bar.update,
                 )

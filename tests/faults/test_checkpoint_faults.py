@@ -1,7 +1,6 @@
 """Checkpoints on bad disks and from strangers: cut, flipped, packed, full disks, killed writers."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT
+from disks import disk
 from training_helpers import TRAINERS, checkpoint, make_run, stop_after
 
 import common_utils_v32 as common
@@ -150,13 +150,8 @@ def test_a_run_goes_on_from_the_one_before(trainer, raw_arad, tmp_path, runs_in_
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", place]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with disk(tmp_path / "disk", "size=1m") as place:
+        yield place
 
 
 def test_a_full_disk_is_said_and_keeps_the_checkpoints(small_disk):
