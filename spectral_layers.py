@@ -401,7 +401,8 @@ class SpectralHead(nn.Module):
         if not self.training:
             cube = cube + self.consistency(cube, rgb)
         if self.non_negative:  # the gradient passes, or a value below 0 would stay there
-            cube = cube + (cube.clamp_min(0) - cube).detach()
+            with torch.no_grad():
+                cube.clamp_(min=0)
         return cube
 
     @torch.no_grad()
