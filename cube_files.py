@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 from einops import rearrange
 
+import terminal
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
 from file_claims import open_image
@@ -52,7 +53,6 @@ UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
 MOST_REFLECTANCE = 2.0  # of a shining surface beside the white of the calibration; above are counts
 FEW = 0.01  # share of values that may be outliers
 # Attributes of an HDF5 data set, in lower case.
-FACTORS = ("scale_factor", "add_offset")
 NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
 EXIF_ORIENTATION = 0x0112
@@ -230,6 +230,8 @@ def read_cube(path: str | Path, *, bands: int | None = None, **how: Any) -> np.n
     stored_bands = None if path.suffix.lower() == ".hdr" else bands
     values, facts = read_stored(path, bands=stored_bands, **how)
     values = np.delete(values, facts.bad, axis=2) if facts.bad else values
+    for remark in facts.remarks:
+        terminal.say_first(remark, f"{path}: {remark}")
     if bands is not None and values.shape[2] != bands:
         raise UserError(f"{path}: does not have {bands} bands but {values.shape[2]}; leave it out")
     return values
@@ -268,10 +270,7 @@ def read_stored(
                 array = arrays[pick_key(arrays, key, path)]
                 axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
                 facts = attribute_facts(array, path)
-                if facts == Facts():
-                    stored = array.astype(np.float32)[()]
-                else:
-                    stored = to_values(array[()], facts)
+                stored = to_values(array[()], facts)
         else:
             raise UserError(
                 f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images"
@@ -288,7 +287,7 @@ def attribute_facts(array: Any, path: Path) -> Facts:
     (10000) and the CF conventions multiply by (0.0001), and the value that means no data."""
     said: dict[str, float] = {}
     for name, value in getattr(array, "attrs", {}).items():
-        if name.lower() in (*FACTORS, *NO_DATA):
+        if name.lower() in ("scale_factor", "add_offset", *NO_DATA):
             said[name.lower()] = float(np.ravel(value)[0])
     if said.get("add_offset", 0):
         raise UserError(f"{path}: its values have an add_offset; apply it first")
@@ -296,7 +295,7 @@ def attribute_facts(array: Any, path: Path) -> Facts:
     factor = said.get("scale_factor", 1.0)
     if not 0 < factor < np.inf:
         raise UserError(f"{path}: a scale_factor of {factor:g}; mend the file")
-    factor = factor if factor >= 1 else 1 / factor
+    factor = max(factor, 1 / factor)
     remarks = (f"its scale_factor is applied: divided by {factor:g}",) if factor != 1 else ()
     return Facts(no_data=no_data, factor=factor, remarks=remarks)
 

@@ -15,6 +15,7 @@ BAR_DELAY = 2  # seconds; what is done sooner needs no bar
 LOG_INTERVAL = 60  # seconds between two lines of a bar that goes to a file
 
 _loudness = {"quiet": False, "verbose": False}
+_said: set[str] = set()  # kinds of lines that are not said again
 
 
 def set_loudness(quiet: bool, verbose: bool) -> None:
@@ -34,6 +35,13 @@ def say(text: str) -> None:
         tqdm.write(text)
     else:
         print(text, flush=True)
+
+
+def say_first(kind: str, text: str) -> None:
+    """The first line of a kind; the others say the same of other files."""
+    if kind not in _said:
+        _said.add(kind)
+        say(text)
 
 
 def detail(text: str) -> None:

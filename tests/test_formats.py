@@ -15,6 +15,7 @@ from PIL import Image
 import cube_files
 import dataset_setup
 import sharp_inference
+import terminal
 from common_utils_v32 import UserError
 from cube_files import read_cube, read_wavelengths
 
@@ -203,7 +204,8 @@ def envi_scale(folder, tmp_path):
 
 
 @row
-def envi_bad_bands(folder, tmp_path, capsys):
+def envi_bad_bands(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "_said", set())
     cube, header = cube_of(), folder / "a.hdr"
     cube[..., 3] = -9999
     marks = ["1"] * 12
@@ -211,7 +213,9 @@ def envi_bad_bands(folder, tmp_path, capsys):
     lines = {"bbl": "{" + ", ".join(marks) + "}", "data_ignore_value": -9999}
     write_envi(header, cube, **lines)
     kept = [band for band in range(12) if band not in (3, 10)]
-    assert np.array_equal(read_cube(header, bands=10), cube[..., kept])
+    for said in (True, False):  # as a trainer does that reads raw files: once
+        assert np.array_equal(read_cube(header, bands=10), cube[..., kept])
+        assert ("dropped: 4, 11" in capsys.readouterr().out) == said
     assert read_wavelengths(header) == [NM[band] for band in kept]
     index = stage(folder, tmp_path / "s")
     assert index["bands"] == 10 and index["wavelengths"] == [NM[band] for band in kept]

@@ -84,3 +84,10 @@ def test_what_takes_no_time_needs_no_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     list(terminal.bar(range(3)))
     assert screen.getvalue() == ""
+
+
+def test_what_holds_for_many_files_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_said", set())
+    for name in ("a", "b"):
+        terminal.say_first("bands left out", f"{name}: bands left out")
+    assert capsys.readouterr().out == "a: bands left out\n"
