@@ -42,7 +42,7 @@ MARGIN = 0.85  # of the linear maps' errors, at most
 MARKER = ".hsi-demo"  # in a folder that a demo made, and the next may remove
 
 BUDGET = 360  # seconds for everything
-MOST_STEPS, ENOUGH_STEPS = 2000, 1200
+MOST_STEPS, ENOUGH_STEPS = 2800, 2400
 PROBE_STEPS = 12  # that are timed, after as many that warm up
 AFTER_TRAINING = 25  # training steps that validation, evaluation and pictures take the time of, ...
 AFTER_SECONDS = 25  # ... and seconds beside that
