@@ -244,10 +244,18 @@ def remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process was first
             if owner is None:
                 continue
-            ended = int(owner[2]) == os.getpid() or not psutil.pid_exists(int(owner[2]))
+            ended = int(owner[2]) == os.getpid() or not _runs(int(owner[2]))
             here = owner[1] == socket.gethostname()
             if (here and ended) or time.time() - path.stat().st_mtime > LEFTOVER_AGE:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether a process runs; one that was killed may wait for long until its parent looks."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def to_json(value: Any, **kwargs: Any) -> str:

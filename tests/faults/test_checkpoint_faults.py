@@ -1,12 +1,14 @@
 """Checkpoints on bad disks and from strangers: cut, flipped, packed, full disks, killed writers."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import zipfile
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -200,3 +202,18 @@ def test_a_restart_removes_what_killed_processes_left_and_nothing_else(tmp_path)
     common.remove_leftovers(tmp_path)
     found = {path.name for path in tmp_path.iterdir()}
     assert found == {parent, elsewhere, "last.ckpt", ".hidden-file-12345678"}
+
+
+def test_what_a_killed_process_left_goes_also_while_nobody_has_looked_after_it(tmp_path):
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(100):
+        if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    prefix = common.temporary_prefix("a.ckpt").replace(f"-{os.getpid()}-", f"-{child}-")
+    (tmp_path / f"{prefix}abcd1234").touch()
+    common.remove_leftovers(tmp_path)
+    os.waitpid(child, 0)
+    assert not list(tmp_path.iterdir())
