@@ -350,10 +350,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def errors_in_one_line(device: torch.device) -> Iterator[None]:
-    """What a training step may lack of its device becomes a UserError that says what to change."""
+    """What training may lack of its machine becomes a UserError that says what to change. A loader
+    worker that was killed is told by a signal, so that the error comes up anywhere in a step."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if "DataLoader" in str(error):
+            raise UserError(
+                f"{str(error).splitlines()[0].rstrip('. ')}: memory or /dev/shm ran out perhaps; "
+                "try --num_workers 0"
+            ) from None
         if is_out_of_memory(error):
             raise UserError(
                 f"out of memory on {device}: lower --batch_size (and raise --accumulate_steps), "

@@ -374,13 +374,8 @@ class TrainLoader:
             yield from self.loader
         except UserError as error:  # a worker's error comes with its traceback as text
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            what = str(error).splitlines()[0].rstrip(". ")
-            raise UserError(
-                f"{what}: memory or {SHARED_MEMORY} ran out perhaps; try --num_workers 0"
-            ) from None
+        except (EOFError, ConnectionError) as error:  # it was handing over a batch
+            raise RuntimeError("a DataLoader worker ended") from error
         self.set_position(self.epoch + 1)
 
     def spread(self, pixels: int) -> tuple[Tensor, Tensor]:

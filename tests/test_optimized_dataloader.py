@@ -1,8 +1,11 @@
 """Order, augmentation, memory modes and errors of the loaders, on folders that NumPy and h5py alone
 wrote; and the training loss."""
 
+import contextlib
 import pickle
 import shutil
+import time
+from unittest.mock import MagicMock
 
 import h5py
 import numpy as np
@@ -25,6 +28,7 @@ from conftest import (
 import optimized_dataloader as data
 import scene_folders
 from common_utils_v32 import UserError
+from compute_devices import errors_in_one_line
 from cube_files import FIELD_BANDS
 from optimized_dataloader import (
     MSTPlusPlusLoss,
@@ -213,10 +217,27 @@ def test_shared_memory_too_small_for_workers_is_one_line(staged, tmp_path, monke
 
 def test_a_worker_that_is_killed_is_one_line(staged):
     loader = train_loader(config(staged, num_workers=1, iterations_per_epoch=50))
-    with pytest.raises(UserError, match="worker.*--num_workers 0"):
+    others = psutil.Process().children()
+    with said_in_one_line():
         for _ in loader:
-            for child in psutil.Process().children():
-                child.kill()
+            for worker in set(psutil.Process().children()) - set(others):
+                worker.kill()
+                while worker.status() != psutil.STATUS_ZOMBIE:  # the signal arrives in here
+                    time.sleep(0.01)
+    loader = train_loader(config(staged))
+    for ended in (EOFError(), ConnectionResetError(104, "Connection reset by peer")):
+        loader.loader = MagicMock(**{"__iter__.side_effect": ended})
+        with said_in_one_line():
+            next(iter(loader))
+
+
+@contextlib.contextmanager
+def said_in_one_line():
+    with (
+        pytest.raises(UserError, match="worker.*--num_workers 0"),
+        errors_in_one_line(torch.device("cpu")),
+    ):
+        yield
 
 
 def test_scenes_in_ram_stay_in_this_process_where_workers_cannot_be_forked(staged, monkeypatch):
