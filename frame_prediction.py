@@ -70,7 +70,7 @@ class PredictionOptions:
     """How a frame is predicted."""
 
     patch_size: int | None = None  # px, side of a tile; None: the whole frame, or what fits
-    overlap: int | None = None  # px that neighbouring tiles share; None: a quarter of the tile
+    overlap: int | None = None  # px that neighbouring tiles share; None: an eighth of the tile
     batch_size: int = 1  # tiles in a forward
     memory_gb: float | None = None  # for activations and output; None: half of what is free
     amp: bool = False  # bfloat16 autocast
@@ -314,6 +314,12 @@ def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
     return [i * (side - tile) // (count - 1) for i in range(count)]
 
 
+def tile_overlap(side: int, options: PredictionOptions) -> int:
+    """As asked, by default an eighth of the tile; at most half of a tile that memory made small."""
+    overlap = side // 8 if options.overlap is None else options.overlap
+    return min(overlap, side - 1 if side == options.patch_size else side // 2)
+
+
 def ramp(length: int) -> Tensor:
     """Weight of the later tile across an overlap: 0 in its first quarter (which saw too little), 1
     in the last, sin^2 between."""
@@ -396,7 +402,7 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a
-    tile that does."""
+    tile that does, of which few pixels are predicted twice."""
     on_gpu = model.device.type == "cuda"
     free = free_cuda_memory(model.device) if on_gpu else free_memory()
     budget = options.memory_gb * 2**30 if options.memory_gb else free / 2
@@ -406,8 +412,15 @@ def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) 
         return max(size)
     if not on_gpu:
         budget = min(budget, TILE_BYTES)
-    side = int(math.sqrt(budget / per_pixel / options.batch_size))
-    return max(MIN_SIDE, min(MAX_TILE, side) // 32 * 32)
+    fits = int(math.sqrt(budget / per_pixel / options.batch_size))
+    most = max(MIN_SIDE, min(MAX_TILE, fits) // 32 * 32)
+
+    def pixels(side: int) -> int:
+        overlap = tile_overlap(side, options)
+        rows, columns = (len(tile_offsets(length, side, overlap)) for length in size)
+        return rows * columns * side**2
+
+    return min(range(most, max(MIN_SIDE, most * 3 // 4) - 1, -32), key=pixels)
 
 
 def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tensor:
@@ -431,7 +444,7 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
         return np.empty((channels, height, width), np.float32)
 
     def tiled(tile: int) -> np.ndarray:
-        return blend_tiles(run, source, (height, width), tile, tile // 4, 1, allocate)
+        return blend_tiles(run, source, (height, width), tile, tile // 8, 1, allocate)
 
     cube, _ = in_smaller_tiles(tiled, smaller_tile(max(height, width)))
     return torch.from_numpy(cube)[None]
@@ -482,8 +495,7 @@ def predict(
         return forward(model, x, options)[:, :channels]
 
     def tiled(side: int) -> np.ndarray:
-        overlap = side // 4 if options.overlap is None else options.overlap
-        overlap = min(overlap, side - 1 if side == options.patch_size else side // 2)
+        overlap = tile_overlap(side, options)
         return blend_tiles(run, source, size, side, overlap, options.batch_size, allocate, tick)
 
     return in_smaller_tiles(tiled, patch, max(size))

@@ -129,7 +129,7 @@ class Settings:
         None, "side of a tile; default the whole frame if it fits, else what fits"
     )
     overlap: int | None = computing(
-        None, "pixels that neighbouring tiles share; default a quarter of the tile"
+        None, "pixels that neighbouring tiles share; default an eighth of the tile"
     )
     batch_size: int = computing(1, "tiles in one forward")
     memory_gb: float | None = computing(

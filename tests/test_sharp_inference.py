@@ -20,7 +20,7 @@ import common_utils_v32 as common
 import sharp_inference as inference
 from camera_colour import cube_to_srgb, linear_light
 from cube_files import read_cube
-from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict
+from frame_prediction import FACTORIES, forward, load_model, plan_tile, predict, tile_offsets
 from hsifusion_v252_complete import create_hsifusion_lightning_pro
 from photo_files import read_photo
 from sharp_v322_hardened import create_sharp_v32
@@ -428,6 +428,9 @@ def test_memory_budget_decides_between_whole_frame_and_tiles():
     assert (
         plan_tile(model, (4000, 5000), dataclasses.replace(small, batch_size=4)) <= tile // 2 + 16
     )
+    wide = plan_tile(model, (2000, 4000), args)  # 15 of the largest tiles would predict twice that
+    tiles = [len(tile_offsets(side, wide, wide // 8)) for side in (2000, 4000)]
+    assert tiles[0] * tiles[1] * wide**2 < 1.4 * 2000 * 4000
 
 
 def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
