@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +89,7 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
         shapes = [(2, 3, side, side)]
         shapes += [(1, 3, side // 2 + SIDE_STEP, side), (3, 3, 2 * SIDE_STEP, 3 * SIDE_STEP)]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages, about one another
+        with torch.no_grad(), silent_packages():
             torch.onnx.export(
                 model.module,
                 (torch.rand(shapes[0]),),
@@ -105,6 +107,18 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[float, str]:
     if difference <= EXPORT_TOLERANCE:
         return difference, ""
     return difference, f"{file}: differs from torch by {difference:.2g}; do not use it"
+
+
+@contextlib.contextmanager
+def silent_packages() -> Iterator[None]:
+    """What packages say of one another, which nobody asked for, stays unsaid."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _difference(session: Any, model: Loaded, shape: tuple[int, ...]) -> float:

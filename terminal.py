@@ -53,6 +53,8 @@ def detail(text: str) -> None:
 class LogLines(tqdm):
     """A bar that goes to a file: a line now and then, not one that is drawn over."""
 
+    monitor_interval = 0  # no thread that says the same line again: each step looks at the time
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if msg is None:
             print(self, file=sys.stderr, flush=True)
@@ -63,10 +65,10 @@ def bar(items: Any = None, **options: Any) -> Any:
     """tqdm with an ETA on stderr: on a terminal after BAR_DELAY, in a log file a line every
     LOG_INTERVAL; never with --quiet, and of several ranks' only the first's."""
     hidden = _loudness["quiet"] or os.environ.get("RANK", "0") != "0"
-    options = {"disable": hidden, "maxinterval": LOG_INTERVAL, **options}
+    options = {"disable": hidden, **options}
     if sys.stderr.isatty():
         return tqdm(items, delay=BAR_DELAY, mininterval=0.2, dynamic_ncols=True, **options)
-    options |= {"leave": False, "delay": LOG_INTERVAL, "mininterval": LOG_INTERVAL}
+    options |= {"leave": False, "delay": LOG_INTERVAL, "mininterval": LOG_INTERVAL, "miniters": 1}
     return LogLines(items, **options)
 
 

@@ -446,11 +446,11 @@ def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
     }
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint):
+def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--patch_size", 64)
+    assert capfd.readouterr().err == ""
     pixels = photo(tmp_path / "a.png", (64, 64))
     write_cube_of(tmp_path / "art/model.safetensors", tmp_path / "a.png", tmp_path / "a.npy")
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected(pixels), atol=1e-5)

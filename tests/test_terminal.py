@@ -79,6 +79,17 @@ def test_a_bar_is_drawn_on_a_terminal_and_is_silent_elsewhere(monkeypatch, capsy
     assert capsys.readouterr().out == "line 0\nline 1\nline 2\n"
 
 
+def test_a_log_file_gets_a_line_a_minute_however_slow_the_steps_become(monkeypatch):
+    clock, log = [0.0], io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr", log)
+    bar = terminal.bar(total=10000, desc="steps")
+    for seconds in [0.01] * 7000 + [20] * 9:
+        clock[0] += seconds
+        bar.update()
+    assert len(log.getvalue().splitlines()) == 4
+
+
 def test_what_takes_no_time_needs_no_bar(monkeypatch):
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
