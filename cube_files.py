@@ -430,10 +430,7 @@ def _state_matlab_classes(file: h5py.File) -> None:
 
 
 def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    header = {
-        "wavelength": [f"{nm:g}" for nm in wavelengths],
-        "wavelength units": "Nanometers",
-    }
+    header = {"wavelength": [f"{nm:g}" for nm in wavelengths], "wavelength units": "Nanometers"}
     bands, height, width = cube.shape
     image = extra("spectral.io.envi").create_image(
         str(path),

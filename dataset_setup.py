@@ -30,14 +30,7 @@ from typing import Any
 import numpy as np
 
 import terminal
-from camera_colour import (
-    CAMERAS,
-    SRGB,
-    Wavelengths,
-    camera_response,
-    ordinary_photo,
-    render_rgb,
-)
+from camera_colour import CAMERAS, SRGB, Wavelengths, camera_response, ordinary_photo, render_rgb
 from common_utils_v32 import (
     CliParser,
     UserError,

@@ -101,9 +101,7 @@ class Loaded:
 
 
 def load_model(
-    spec: str | None = None,
-    device: torch.device | None = None,
-    options: LoadOptions | None = None,
+    spec: str | None = None, device: torch.device | None = None, options: LoadOptions | None = None
 ) -> Loaded:
     """Read CHECKPOINT or NAME=CHECKPOINT, by default the weights that ship, for sRGB photos; a
     pickle that would run code is refused.

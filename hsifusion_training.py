@@ -164,9 +164,7 @@ class TrainConfig(DataConfig):
 # The model's fields are flags too; one that is not given keeps the size's value.
 NOT_FLAGS = ("in_channels", "out_channels")
 Settings = dataclasses.make_dataclass(
-    "Settings",
-    common.optional_fields(LightningProConfig, skip=NOT_FLAGS),
-    bases=(TrainConfig,),
+    "Settings", common.optional_fields(LightningProConfig, skip=NOT_FLAGS), bases=(TrainConfig,)
 )
 
 

@@ -44,13 +44,7 @@ import terminal
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
 from compute_devices import Ranks, init_process_group, prepare_cuda, use_threads
-from cube_files import (
-    WRITTEN,
-    allocate_array,
-    is_system_file,
-    release,
-    write_cube,
-)
+from cube_files import WRITTEN, allocate_array, is_system_file, release, write_cube
 from evaluation_report import write_cube_page, write_report
 from frame_prediction import (
     FACTORIES,

@@ -169,9 +169,7 @@ class TrainConfig(DataConfig):
 # The model's fields are flags too; one that is not given keeps the size's value.
 NOT_FLAGS = ("in_channels", "out_channels", "compile_mode", "ema_update_every")
 Settings = dataclasses.make_dataclass(
-    "Settings",
-    common.optional_fields(SHARPv32Config, skip=NOT_FLAGS),
-    bases=(TrainConfig,),
+    "Settings", common.optional_fields(SHARPv32Config, skip=NOT_FLAGS), bases=(TrainConfig,)
 )
 
 

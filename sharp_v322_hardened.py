@@ -31,13 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint_files import build_from_checkpoint
-from common_utils_v32 import (
-    decay_groups,
-    make_average,
-    make_scaler,
-    opt,
-    restore,
-)
+from common_utils_v32 import decay_groups, make_average, make_scaler, opt, restore
 from sparse_attention import SPARSE_MODES, odd_side, sparse_attention_topk_streaming
 from spectral_layers import (
     BASIS_WEIGHT,
@@ -54,12 +48,7 @@ from spectral_layers import (
 )
 
 SIZES = {
-    "tiny": {
-        "base_dim": 48,
-        "depths": (1, 2, 2),
-        "heads": (1, 1, 2),
-        "rbf_centers_per_head": 24,
-    },
+    "tiny": {"base_dim": 48, "depths": (1, 2, 2), "heads": (1, 1, 2), "rbf_centers_per_head": 24},
     "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (1, 3, 2)},
     "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (1, 4, 6)},
     "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (1, 4, 8)},

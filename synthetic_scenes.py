@@ -23,13 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from camera_colour import Lobe, blackbody, sum_of_lobes
-from measured_spectra import (
-    DAYLIGHT,
-    LAMPS,
-    WAVELENGTHS,
-    measured_light,
-    measured_reflectances,
-)
+from measured_spectra import DAYLIGHT, LAMPS, WAVELENGTHS, measured_light, measured_reflectances
 
 MATERIALS = 48  # in a scene
 FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
