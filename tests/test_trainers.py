@@ -29,6 +29,7 @@ from common_utils_v32 import UserError
 from compute_devices import Ranks
 from spectral_evaluation import mrae
 from spectral_layers import fit_linear_spectral_path
+from training_state import learning_rate
 
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
@@ -290,7 +291,7 @@ def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw_arad, tmp_path):
-    module, cfg = settings(
+    _, cfg = settings(
         trainer,
         raw_arad,
         tmp_path,
@@ -303,7 +304,7 @@ def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw
         "--eta_min",
         1e-5,
     )
-    rates = [module.learning_rate(step, cfg, 100) for step in range(1500)]
+    rates = [learning_rate(step, cfg, 100) for step in range(1500)]
     assert (
         0 < rates[0] < 1e-4
         and max(rates) == pytest.approx(1e-3, rel=1e-2)
