@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
 import psutil
@@ -170,15 +170,6 @@ def given_fields(settings: Any, cls: type, skip: tuple[str, ...] = ()) -> dict[s
         if value is not None and field.name not in skip:
             given[field.name] = value
     return given
-
-
-Fields = TypeVar("Fields")
-
-
-def pick_fields(cls: type[Fields], settings: Any) -> Fields:
-    """A dataclass made of the equally named fields of `settings`."""
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return cls(**{name: getattr(settings, name) for name in names})
 
 
 # --- seeds

@@ -157,14 +157,6 @@ def _cuda_trouble() -> str:
     return "" if torch.cuda.device_count() else "no card is visible"
 
 
-def init_process_group(device: str) -> tuple[Ranks, torch.device]:
-    """This process's ranks, joined, and its device."""
-    ranks = Ranks.announced()
-    resolved = resolve_device(device, ranks.local_rank)
-    ranks.join(resolved)
-    return ranks, resolved
-
-
 def prepare_cuda(deterministic: bool = False) -> None:
     """CUDA's settings of a process, before its first CUDA tensor.
 

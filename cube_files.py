@@ -55,7 +55,6 @@ FEW = 0.01  # share of values that may be outliers
 # Attributes of an HDF5 data set, in lower case.
 NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
-EXIF_ORIENTATION = 0x0112
 # Arrays above this are mapped to files, and pages let go after as much was written.
 MAPPED_BYTES = 256 << 20
 # The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2,

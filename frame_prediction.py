@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import terminal
 from checkpoint_files import build_model, load_weights, read_checkpoint
-from common_utils_v32 import UserError
+from common_utils_v32 import UserError, opt
 from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 
@@ -46,35 +47,48 @@ TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to 
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
 RGB_NORMS = ("per_image", "unit")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
+_computing = partial(opt, group="computing")
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
 Allocate = Callable[[int], np.ndarray]  # channels -> an array (channels, H, W) to fill
 Tick = Callable[[float], Any]  # told of pixels that are done
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadOptions:
-    """What a checkpoint may not say."""
+    """What a checkpoint may not say; every field is a flag of sharp_inference.py."""
 
-    ema: bool = True  # averaged weights where there are any
-    model: str | None = None
-    model_size: str = "base"
-    model_options: str = "{}"  # other fields of its configuration, as JSON
-    rgb_norm: str | None = None
-    rgb_encoding: str | None = None  # linear or srgb
-    mst_root: str | None = None  # a checkout of MST++, for its weights
+    ema: bool = _computing(True, "averaged weights where there are any")
+    model: str | None = _computing(
+        None, "for a checkpoint that does not say", choices=tuple(FACTORIES)
+    )
+    model_size: str = _computing("base", "with --model")
+    model_options: str = _computing(
+        "{}", "with --model: other fields of its configuration, as JSON"
+    )
+    rgb_norm: str | None = _computing(None, "for a checkpoint that does not say", choices=RGB_NORMS)
+    rgb_encoding: str | None = _computing(
+        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
+    )
+    mst_root: str | None = _computing(None, "a checkout of MST++, for its .pth files")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictionOptions:
-    """How a frame is predicted."""
+    """How a frame is predicted; every field is a flag of sharp_inference.py."""
 
-    patch_size: int | None = None  # px, side of a tile; None: the whole frame, or what fits
-    overlap: int | None = None  # px that neighbouring tiles share; None: a quarter of the tile
-    batch_size: int = 1  # tiles in a forward
-    memory_gb: float | None = None  # for activations and output; None: half of what is free
-    amp: bool = False  # bfloat16 autocast
-    ensemble: bool = False  # the mean of the 8 views by rotation and flip
+    patch_size: int | None = _computing(
+        None, "side of a tile; default the whole frame if it fits, else what fits"
+    )
+    overlap: int | None = _computing(
+        None, "pixels that neighbouring tiles share; default a quarter of the tile"
+    )
+    batch_size: int = _computing(1, "tiles in one forward")
+    memory_gb: float | None = _computing(
+        None, "for activations and output; default half of what is free"
+    )
+    amp: bool = _computing(False, "bfloat16 autocast")
+    ensemble: bool = _computing(False, "mean of the 8 views by rotation and flip")
 
 
 @dataclass
@@ -392,6 +406,11 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 # --- frames that fit the memory
 
 
+def in_memory(size: tuple[int, int]) -> Allocate:
+    """What allocates the output for a frame of `size` (H, W) that memory holds."""
+    return lambda channels: np.empty((channels, *size), np.float32)
+
+
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
     """The longer side of the image when the whole frame fits the memory budget, else the side of a
     tile that does."""
@@ -420,18 +439,16 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    height, width = rgb.shape[-2:]
+
+    size = (rgb.shape[-2], rgb.shape[-1])
 
     def source(top: int, bottom: int, left: int, right: int) -> Tensor:
         return rgb[0, :, top:bottom, left:right]
 
-    def allocate(channels: int) -> np.ndarray:
-        return np.empty((channels, height, width), np.float32)
-
     def tiled(tile: int) -> np.ndarray:
-        return blend_tiles(run, source, (height, width), tile, tile // 4, 1, allocate)
+        return blend_tiles(run, source, size, tile, tile // 4, 1, in_memory(size))
 
-    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(height, width)))
+    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(size)))
     return torch.from_numpy(cube)[None]
 
 

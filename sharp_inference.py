@@ -43,11 +43,10 @@ import common_utils_v32 as common
 import terminal
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
-from compute_devices import Ranks, init_process_group, prepare_cuda, use_threads
+from compute_devices import Ranks, prepare_cuda, resolve_device, use_threads
 from cube_files import WRITTEN, allocate_array, is_system_file, release, write_cube
 from evaluation_report import write_cube_page, write_report
 from frame_prediction import (
-    FACTORIES,
     MAX_TILE,
     MIN_SIDE,
     SHIPPED_WEIGHTS,
@@ -55,6 +54,7 @@ from frame_prediction import (
     LoadOptions,
     PredictionOptions,
     Source,
+    in_memory,
     load_model,
     macs_256,
     peak_bytes,
@@ -99,8 +99,8 @@ files, computing, scoring = (
 
 
 @dataclass
-class Settings:
-    """The command line; dashes and underscores are both accepted."""
+class FileOptions:
+    """What is read and written."""
 
     checkpoint: list[str] = files(
         [],
@@ -115,35 +115,16 @@ class Settings:
     preview: bool = files(False, "write pictures and a page of clickable spectra beside each cube")
     check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
-    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
+
+
+@dataclass
+class Settings(LoadOptions, PredictionOptions, FileOptions):
+    """The command line; dashes and underscores are both accepted."""
+
     device: str = computing("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = computing(None, "threads of a CPU (default: all cores)")
-    patch_size: int | None = computing(
-        None, "side of a tile; default the whole frame if it fits, else what fits"
-    )
-    overlap: int | None = computing(
-        None, "pixels that neighbouring tiles share; default a quarter of the tile"
-    )
-    batch_size: int = computing(1, "tiles in one forward")
-    memory_gb: float | None = computing(
-        None, "for activations and output; default half of what is free"
-    )
-    amp: bool = computing(False, "bfloat16 autocast")
-    ensemble: bool = computing(False, "mean of the 8 views by rotation and flip")
-    ema: bool = computing(True, "averaged weights where there are any")
-    model: str | None = computing(
-        None, "for a checkpoint that does not say", choices=tuple(FACTORIES)
-    )
-    model_size: str = computing("base", "with --model")
-    model_options: str = computing("{}", "with --model: other fields of its configuration, as JSON")
-    rgb_norm: str | None = computing(
-        None, "for a checkpoint that does not say", choices=("per_image", "unit")
-    )
-    rgb_encoding: str | None = computing(
-        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
-    )
-    mst_root: str | None = computing(None, "a checkout of MST++, for its .pth files")
+    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     evaluate: bool = scoring(False, "score the scenes of a split")
     stress: bool = scoring(False, "score them under other exposure, noise, JPEG quality, camera")
     export: str | None = scoring(None, "folder for safetensors, configuration, model card and ONNX")
@@ -183,14 +164,6 @@ class Settings:
         if (self.input or self.export) and len(self.checkpoint) > 1:
             raise ValueError("--input and --export take one --checkpoint")
 
-    @property
-    def loading(self) -> LoadOptions:
-        return common.pick_fields(LoadOptions, self)
-
-    @property
-    def prediction(self) -> PredictionOptions:
-        return common.pick_fields(PredictionOptions, self)
-
 
 # --- images
 
@@ -217,14 +190,9 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     (`model.encoding`). ValueError for any other array."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}")
-    height, width = rgb.shape[:2]
+    size, options = (rgb.shape[0], rgb.shape[1]), PredictionOptions()
     source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
-
-    def allocate(bands: int) -> np.ndarray:
-        return np.empty((bands, height, width), np.float32)
-
-    options = PredictionOptions()
-    cube, _ = predict(model, source, (height, width), options, allocate, channels=model.bands)
+    cube, _ = predict(model, source, size, options, in_memory(size), channels=model.bands)
     return cube, model.wavelengths
 
 
@@ -235,7 +203,6 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     for pattern in map(Path, patterns):
         if pattern.is_dir():
             names = sorted(path for path in pattern.iterdir() if not is_system_file(path))
-            names = [path for path in names if not is_system_file(path)]
             found = [path for path in names if path.name.lower().endswith(IMAGE_SUFFIXES)]
             others = [path.name for path in names if path.suffix.lower() in NOT_READ]
             if others:
@@ -293,7 +260,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
                     model,
                     source,
                     (height, width),
-                    args.prediction,
+                    args,
                     lambda bands: allocate_array((bands, height, width), np.float32, work, copies),
                     channels=model.bands,
                     tick=bar.update,
@@ -322,7 +289,8 @@ def write_pictures(
 ) -> None:
     """What --preview asks for, beside the cube."""
     height, width = rgb.shape[:2]
-    points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
+    points = [(int(x), int(y)) for x, y in (point.split(",") for point in args.points)]
+    points = [(x, y) for x, y in points if x < width and y < height]
     write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")
@@ -346,15 +314,6 @@ def progress(pixels: int, name: str) -> Any:
         leave=False,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}",
     )
-
-
-def chosen_points(args: Settings) -> list[tuple[int, int]]:
-    """--points as (x, y)."""
-    points = []
-    for point in args.points:
-        x, y = point.split(",")
-        points.append((int(x), int(y)))
-    return points
 
 
 def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
@@ -432,7 +391,7 @@ def evaluate_one(
     for scene in terminal.bar(loader, desc=model.name, unit="scene"):
         if not peak:  # this forward also warms up, so that the first one timed is like the others
             corner = scene.rgb[..., : args.patch_size, : args.patch_size]
-            peak = peak_bytes(model, corner, args.prediction)
+            peak = peak_bytes(model, corner, args)
         mine.append(score(model, scene, args, folder))
     records = sorted(ranks.gather_lists(mine), key=lambda record: record["scene_id"])
     if not ranks.is_main:
@@ -475,8 +434,8 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
         model,
         lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1],
         (height, width),
-        args.prediction,
-        lambda channels: np.empty((channels, height, width), np.float32),
+        args,
+        in_memory((height, width)),
         patch=patch,
     )
     return torch.from_numpy(out), None if tile >= longer else tile
@@ -554,7 +513,7 @@ def describe(model: Loaded, args: Settings) -> dict:
         "metric_floor": args.metric_floor,
         "wavelengths": model.wavelengths,
         "parameters": sum(p.numel() for p in model.module.parameters()),
-        "macs_256": macs_256(model, args.prediction),
+        "macs_256": macs_256(model, args),
     }
 
 
@@ -569,9 +528,11 @@ def main(argv: list[str] | None = None) -> None:
     args = common.parse_dataclass(Settings, argv, __doc__)
     prepare_cuda()
     use_threads(args.threads)
-    ranks, device = init_process_group(args.device)
+    ranks = Ranks.announced()
+    device = resolve_device(args.device, ranks.local_rank)
+    ranks.join(device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    models = [load_model(spec, device, args.loading) for spec in args.checkpoint]
+    models = [load_model(spec, device, args) for spec in args.checkpoint]
     for model in models if ranks.is_main else []:
         nm = model.wavelengths
         terminal.say(
