@@ -175,8 +175,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def build_from_checkpoint(
     path: str | Path, kind: str, create: Callable[..., Model], ema: bool = True
 ) -> Model:
-    """Rebuild a model from any checkpoint of the trainers, with the averaged weights where there
-    are any and `ema` is on."""
+    """A model from any checkpoint of the trainers; averaged weights if any and `ema` is on."""
     state = read_checkpoint(path)
     if state["model"] not in (kind, None) or not state["model_config"]:
         found = state["model"] or "bare weights"

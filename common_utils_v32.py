@@ -151,8 +151,7 @@ def _config_flags(path: str, known: set[str]) -> list[str]:
 
 
 def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
-    """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset
-    decides"."""
+    """The fields of a dataclass for make_dataclass, all None by default: "the preset decides"."""
     hints = get_type_hints(cls)
     fields = []
     for field in dataclasses.fields(cls):
@@ -203,8 +202,7 @@ def _end_with_parent() -> None:
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all: a temporary file in its folder, fsync, rename. A failure
-    keeps the old file."""
+    """Write a file whole or not at all: temporary file, fsync, rename. A failure keeps the old."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
@@ -250,8 +248,7 @@ def _runs(process: int) -> bool:
 
 
 def to_json(value: Any, **kwargs: Any) -> str:
-    """JSON of plain values, paths, and numpy or torch scalars and arrays; NaN and infinities become
-    null."""
+    """JSON of plain values, paths, NumPy and torch scalars and arrays; NaN, infinity: null."""
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value.tolist()
@@ -282,8 +279,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: weights of linear maps and convolutions decay; norms, biases, scales and
-    all else do not."""
+    """Parameter groups: weights of linear maps and convolutions decay, all else does not."""
     decayed = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     chosen = {id(parameter) for parameter in decayed}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
@@ -294,8 +290,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.GradScaler:
-    """It scales for float16 alone; for every type it makes the optimizer skip a step whose
-    gradients are not finite."""
+    """It scales for float16 alone; for every type it skips steps whose gradients are not finite."""
     if amp is torch.float16:
         return torch.amp.GradScaler(device.type)
     almost_one = 2**-40  # from 1, as the factors must be; in float32 they are 1, so the scale stays
@@ -324,8 +319,7 @@ def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
 def restore_schedule(
     schedule: torch.optim.lr_scheduler.LambdaLR, state: dict, lr: float, weight_decay: float
 ) -> None:
-    """Load a schedule whose optimizer, of decay_groups, is restored; go on with this run's lr and
-    weight decay."""
+    """Load a schedule whose optimizer is restored; go on with this run's lr and weight decay."""
     schedule.load_state_dict(state)
     schedule.base_lrs = [lr] * len(schedule.base_lrs)
     groups = schedule.optimizer.param_groups
@@ -342,8 +336,7 @@ def _float_tensors(model: nn.Module) -> list[Tensor]:
 
 class WeightAverage:
     """Moving average of a model's weights and buffers, `module`, updated every `every` steps. Its
-    decay warms up, to forget early weights. Nothing waits for the device: updates are counted in
-    Python."""
+    decay warms up, to forget early weights. Updates are counted in Python, without a wait."""
 
     def __init__(self, model: nn.Module, decay: float, every: int) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)

@@ -220,8 +220,7 @@ def first_output(output: Any) -> Tensor:
 def trial_step(
     network: nn.Module, shape: tuple[int, ...], device: torch.device, amp: torch.dtype | None
 ) -> None:
-    """Forward and backward of zeros as in training: it compiles what is to be compiled. Gradients
-    are dropped."""
+    """Forward and backward of zeros, to compile what is to be compiled; gradients are dropped."""
     rgb = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     alone: contextlib.AbstractContextManager = contextlib.nullcontext()
     if isinstance(network, DistributedDataParallel):

@@ -151,8 +151,7 @@ def release(array: np.ndarray) -> None:
 
 
 def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
-    """(band, rows) pieces that cover a cube (bands, H, W); a mapped one's pages are let go on the
-    way."""
+    """(band, rows) pieces that cover a cube (bands, H, W); a mapped one's pages are let go."""
     for band in range(len(cube)):
         for top in range(0, cube.shape[1], rows):
             yield band, slice(top, top + rows)
@@ -324,8 +323,7 @@ def scene_name(path: Path) -> str:
 
 def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
     """Write (bands, H, W) float32, in memory or mapped, as `kind` of WRITTEN; wavelengths in nm.
-    The final name appears only when the file is complete. A mapped array's file may become the
-    cube's."""
+    The name appears when the file is complete. A mapped array's file may become the cube's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
@@ -393,8 +391,7 @@ def read_window(stored: StoredCube, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    """MATLAB v7.3: HDF5 after 512 bytes. MATLAB is column-major: its H x W x bands is
-    (bands, W, H) here."""
+    """MATLAB v7.3, HDF5 after 512 bytes; column-major, so H x W x bands is (bands, W, H)."""
     bands, height, width = cube.shape
     with h5py.File(path, "w", userblock_size=512, locking=False) as file:
         target = file.create_dataset("cube", (bands, width, height), np.float32)
@@ -447,8 +444,7 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
 
 
 def band_images(folder: Path) -> list[Path]:
-    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), in the order of
-    their numbers."""
+    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), by number."""
     # A link to a scene may have another name.
     for place in (folder, folder / folder.name, folder / folder.resolve().name):
         numbered: dict[int, Path] = {}
@@ -468,8 +464,7 @@ def band_images(folder: Path) -> list[Path]:
 
 
 def _read_band_images(folder: Path) -> np.ndarray:
-    """A CAVE scene: 16-bit PNGs over 65535; the 8-bit RGBA ones of one scene over 255 (their three
-    channels agree)."""
+    """A CAVE scene: 16-bit PNGs over 65535, the 8-bit RGBA ones of one scene over 255."""
     planes: list[np.ndarray] = []
     for path in band_images(folder):
         with reading(path, "a band image"), open_image(path) as image:
@@ -521,9 +516,8 @@ def bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> list
 def check_cube(
     cube: np.ndarray, path: str | Path, constant_bands: bool = True, facts: Facts | None = None
 ) -> None:
-    """UserError for values of a cube (H, W, bands) that spoil a training run: NaN, infinite,
-    outside [0, 1], and, with `constant_bands`, a band all of one value. `facts`: what its file
-    says, for the advice."""
+    """UserError for values of a cube (H, W, bands) that spoil training: NaN, infinite, outside [0,
+    1], with `constant_bands` a band of one value. `facts`: what its file says, for the advice."""
     facts = facts or Facts()
     low, high = float(cube.min()), float(cube.max())
     if not math.isfinite(low) or not math.isfinite(high):
@@ -582,8 +576,7 @@ def _range_advice(cube: np.ndarray, facts: Facts) -> str:
 
 
 def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
-    """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn
-    two sets of bands."""
+    """UserError unless a scene's band centres are the others', within 1 nm."""
     if len(nm) != len(others):
         raise UserError(f"{path}: {len(nm)} bands, {len(others)} in the others; use it apart")
     if np.abs(np.subtract(nm, others)).max() > 1:

@@ -72,8 +72,7 @@ def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
 
 def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[int]) -> list[int]:
     """Which stored bands to keep, from 0: those not bad of a choice such as `1-12,20` (numbers from
-    1) or `450-650nm`. What is no number of a band, or has a point, is nm; of one wavelength the
-    nearest band counts."""
+    1) or `450-650nm`. What is no band's number, or has a point, is nm: the nearest band's."""
     centres, numbers = np.asarray(nm), np.arange(1, len(nm) + 1)
     kept = np.full(len(nm), choice is None)
     for word in re.split(r"[,\s]+", " ".join(choice or ()).lower()):
@@ -140,8 +139,7 @@ def prepare_cube(
 
 
 def _own_wavelengths(path: Path, settings: dict[str, Any]) -> list[float] | None:
-    """What the file says of its bands; what it says in no known unit is passed over where
-    --wavelengths is given."""
+    """What the file says of its bands; an unknown unit is passed over with --wavelengths."""
     try:
         return read_wavelengths(path, every=True)
     except UserError:
@@ -165,8 +163,7 @@ def _calibrate(cube: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
 
 
 def _reference(name: str, settings: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    """A reference averaged over its lines, (columns or 1, bands) float32. An .npy may be averaged
-    already."""
+    """A reference (columns or 1, bands) float32, averaged over lines; an .npy may be already."""
     path = Path(settings[name])
     average: np.ndarray = np.empty(0)
     if path.suffix.lower() == ".npy":

@@ -85,8 +85,7 @@ Job = tuple[str, Scene]  # a scene and its split
 
 
 def make_synthetic(args: argparse.Namespace) -> None:
-    """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two
-    test images."""
+    """Write a raw data set in the ARAD-1K layout: a fifth for validation, two test images more."""
     root, count = Path(args.output_root), args.synthetic
     height, width = args.size
     exposure = None if args.exposure == "auto" else args.exposure or EXPOSURE
@@ -153,8 +152,7 @@ def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, 
 
 
 def collect_scenes(args: argparse.Namespace) -> list[Job]:
-    """The scenes of the source: by its list files where it has them, else --val-fraction drawn with
-    --split-seed."""
+    """The scenes of the source: by its list files, else --val-fraction drawn with --split-seed."""
     root = Path(args.arad_root or args.cave_root or args.cubes)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder of the data set")
@@ -202,8 +200,7 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
 
 
 def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, int, Facts]:
-    """Path, stored bands and facts of the first cube that can be read; only --verify-only goes past
-    one that cannot."""
+    """Path, stored bands and facts of the first cube (with --verify-only, a readable one)."""
     for scene in scenes:
         assert scene.cube_path is not None
         try:
@@ -316,8 +313,7 @@ def _source(scene: Scene, settings: dict[str, Any]) -> list[list]:
 
 
 def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
-    """Write one scene's .npy files and, last, its record <scene>.json, which becomes its entry in
-    index.json."""
+    """Write one scene's .npy files and, last, its record <scene>.json, its entry in index.json."""
     split, scene = job
     cube, rgb, record, facts = load_scene(scene, settings)
     entry: dict[str, Any] = {
@@ -382,8 +378,7 @@ def _bytes_needed(job: Job, settings: dict[str, Any]) -> int:
 
 
 def _is_done(root: Path, job: Job, settings: dict[str, Any]) -> bool:
-    """An earlier run wrote this scene, from the same raw files, and its own files are as it left
-    them."""
+    """An earlier run wrote this scene from the same raw files, and its files are intact."""
     split, scene = job
     path = root / split / f"{scene.name}.json"
     if not path.exists():
@@ -395,8 +390,7 @@ def _is_done(root: Path, job: Job, settings: dict[str, Any]) -> bool:
 
 
 def stage(args: argparse.Namespace) -> None:
-    """Raw data set -> staged folder. Scenes that are done are kept, so that a stopped run carries
-    on."""
+    """Raw data set -> staged folder. Scenes that are done are kept: a stopped run carries on."""
     root, jobs = Path(args.output_root), collect_scenes(args)
     for _, scene in jobs:
         check_files(scene, args.render_rgb)

@@ -69,8 +69,7 @@ def write_report(
 
 
 def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
-    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
-    of clicked pixels."""
+    """One cube (bands, H, W) as a page: photo (H, W, 3) uint8, bands by a slider, spectra."""
     small = _sample(cube, GRID)
     top = float(max(small.max(), 1e-6))
     seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)
@@ -219,8 +218,7 @@ def _sample(cube: np.ndarray, most: int) -> np.ndarray:
 
 
 def _packed(cube: np.ndarray, top: float) -> str:
-    """Values from 0 to `top` in LEVELS steps, as differences from band to band, which are small:
-    uint16, deflated, base64."""
+    """Values from 0 to `top` in LEVELS steps, from band to band: uint16, deflated, base64."""
     steps = np.rint(np.clip(cube / top, 0, 1) * (LEVELS - 1)).astype("<u2")
     steps[1:] -= steps[:-1].copy()
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()

@@ -93,8 +93,7 @@ class PredictionOptions:
 
 @dataclass
 class Loaded:
-    """A checkpoint ready to use: the module in eval mode, and what is needed to feed it and to read
-    its output."""
+    """A checkpoint ready to use: the module in eval mode, how to feed and read it."""
 
     name: str
     path: str
@@ -246,8 +245,7 @@ def mst_plus_plus(root: str | None) -> nn.Module:
 
 
 def forward(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Tensor:
-    """(B, 3, h, w) -> (B, bands, h, w) float32, followed by the scale's channels where the model
-    has one."""
+    """(B, 3, h, w) -> (B, bands, h, w) float32, then the scale's channels where there are any."""
     height, width = rgb.shape[-2:]
     if min(height, width) < MIN_SIDE:
         rgb = rgb[..., _mirrored(height)[:, None], _mirrored(width)]
@@ -263,8 +261,7 @@ def forward(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Tensor:
 
 
 def _mirrored(side: int) -> np.ndarray:
-    """Indices that make a side at least MIN_SIDE long, mirrored at its ends as often as it
-    takes."""
+    """Indices that make a side at least MIN_SIDE long, mirrored at its ends."""
     return np.pad(np.arange(side), (0, max(MIN_SIDE - side, 0)), "symmetric")
 
 
@@ -279,8 +276,7 @@ def _forward_once(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Ten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once: a forward's peak memory on any device, without
-    kernels' scratch."""
+    """Counts the bytes of tensors alive at once: a forward's peak, without kernels' scratch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,8 +302,7 @@ def peak_bytes(model: Loaded, rgb: Tensor, options: PredictionOptions | None = N
 
 
 def macs_256(model: Loaded, options: PredictionOptions) -> int:
-    """Multiply-adds of one 256 x 256 frame. A CPU's fast attention counts as 0, so the plain one
-    runs."""
+    """Multiply-adds of a 256 x 256 frame, with plain attention: a CPU's fast one counts as 0."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         forward(model, torch.rand(1, 3, 256, 256), replace(options, ensemble=False))
@@ -318,8 +313,7 @@ def macs_256(model: Loaded, options: PredictionOptions) -> int:
 
 
 def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
-    """First pixels of evenly spaced tiles that cover a side, neighbours sharing at least `overlap`
-    pixels."""
+    """First pixels of evenly spaced tiles that cover a side and share at least `overlap` pixels."""
     if side <= tile:
         return [0]
     count = math.ceil((side - tile) / (tile - overlap)) + 1
@@ -412,8 +406,7 @@ def in_memory(size: tuple[int, int]) -> Allocate:
 
 
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
-    """The longer side of the image when the whole frame fits the memory budget, else the side of a
-    tile that does."""
+    """The longer side of an image that fits the memory whole, else the side of a tile."""
     on_gpu = model.device.type == "cuda"
     free = free_cuda_memory(model.device) if on_gpu else free_memory()
     budget = options.memory_gb * 2**30 if options.memory_gb else free / 2
@@ -453,8 +446,7 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
 
 
 def smaller_tile(tried: int) -> int:
-    """The side to go on with where a tile of `tried` pixels ran out of memory. UserError where it
-    cannot be smaller."""
+    """The side to go on with where `tried` pixels were too much; UserError where none is left."""
     if tried < 2 * MIN_SIDE:
         raise UserError(f"out of memory even with a tile of {tried} px; free some memory")
     patch = tried // 2 // 8 * 8

@@ -190,8 +190,7 @@ class Run(RunState):
         return self.finish(done, time.monotonic() - start)
 
     def train_epoch(self) -> bool:
-        """The rest of the epoch; False when a signal stops it, always after a whole optimizer
-        step."""
+        """The rest of the epoch; False when a signal stops it, after a whole optimizer step."""
         cfg, group = self.cfg, self.cfg.accumulate_steps
         self.network.train()
         self.train_loader.set_position(self.epoch, self.iteration)

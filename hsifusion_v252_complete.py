@@ -196,8 +196,7 @@ class WindowAttention(nn.Module):
         return add_windows(out.transpose(0, 1).reshape(shape), self.stride)
 
     def padding_mask(self, x: Tensor) -> Tensor | None:
-        """True where a window's key is a token of the frame, (B * windows, 1, 1, keys); None where
-        all are."""
+        """True where a window's key is of the frame, (B * windows, 1, 1, keys); or None."""
         sides = x.shape[1:3]
         whole = all(
             side >= self.window and (side - self.window) % self.stride == 0 for side in sides
@@ -229,8 +228,7 @@ class WindowAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Decoder tokens attend to a skip connection pooled to at most CONTEXT_SIDE^2 tokens; the query
-    path stays."""
+    """Decoder tokens attend to a skip pooled to CONTEXT_SIDE^2 tokens; the query path stays."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -346,8 +344,7 @@ class LightningProBlock(nn.Module):
 
 
 class TokenGroupNorm(nn.GroupNorm):
-    """GroupNorm of every token on its own, so that its statistics depend on no frame size and on no
-    padding."""
+    """GroupNorm of every token on its own: no statistics of frame size or padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.num_groups, -1))
@@ -461,8 +458,7 @@ class HSIFusionNet(nn.Module):
         self.head.fit(rgb, cube)
 
     def auxiliary_loss(self) -> Tensor:
-        """What keeps the head's spectra smooth, and the experts' balancing loss of the last
-        forward, both weighted."""
+        """What keeps the head's spectra smooth, and the experts' balancing loss, weighted."""
         loss = BASIS_WEIGHT * self.head.basis_loss()
         balances = []
         for module in self.modules():

@@ -120,8 +120,7 @@ def _named_centres(names: Iterable[str]) -> tuple[list[float], str]:
 
 
 def envi_data_file(path: Path) -> Path:
-    """The data of an ENVI header: the file of its name without .hdr, else with a usual suffix; gzip
-    may be around it."""
+    """The data of an ENVI header: named as it without .hdr, or with a usual suffix; gzip too."""
     own = "." + envi_header(path).get("interleave", "").lower()
     for suffix in (*ENVI_SUFFIXES[:-3], own, *ENVI_SUFFIXES[-3:]):
         for ending in (suffix, suffix.upper(), suffix + ".gz"):

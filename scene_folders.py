@@ -97,8 +97,7 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
 
 
 def read_split_list(path: Path) -> list[str]:
-    """Scene names of a list file, one a line, with or without a last newline, in any line ending,
-    with or without a suffix."""
+    """Scene names of a list file, one a line, in any line ending, with or without a suffix."""
     with reading(path, "a list of scenes"):
         text = path.read_text(encoding="utf-8-sig")
     names: list[str] = []
@@ -153,8 +152,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 def find_folder_scenes(root: Path, leave_out: Sequence[Path] = ()) -> list[Scene]:
     """The cubes in a folder but for those to leave out, each with the image of its name anywhere
-    below. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and
-    <scene>_RGB.bmp."""
+    below: of CAVE <scene>_ms/<scene>_ms_01.png, a folder deeper often, and <scene>_RGB.bmp."""
     apart = [path.resolve() for path in leave_out]
     cubes: dict[str, list[Path]] = {}
     for path in root.iterdir():
@@ -258,8 +256,7 @@ class Scenes:
         return frame.rgb_range
 
     def into_ram(self, dtype: str, copies: int) -> None:
-        """Keep all scenes as `dtype`. UserError before anything is read when `copies` of them do
-        not fit beside what runs."""
+        """Keep all scenes as `dtype`; UserError before that where `copies` of them do not fit."""
         pixels = sum(height * width for height, width in self.shapes)
         rgb_bytes = 3 * np.dtype(self.rgb.dtype).itemsize
         needed = copies * pixels * (self.bands * np.dtype(dtype).itemsize + rgb_bytes)
@@ -279,8 +276,7 @@ class Scenes:
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A staged `.npy` as a memory map, which goes away with the array: opening one takes 20 us, so
-    none is kept."""
+    """A staged `.npy` as a memory map. Opening one takes 20 us, so none is kept."""
     with reading(path, "a staged array"):
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -396,8 +392,7 @@ class RawScenes(Scenes):
             self._inspect(cube_path, rgb_path)
 
     def _inspect(self, path: Path, rgb_path: Path) -> None:
-        """Note shape, layout and bands of the next scene, from its files' headers where they have
-        them."""
+        """Note shape, layout and bands of the next scene, from headers where there are any."""
         scene = len(self.shapes)
         with reading(rgb_path, "an RGB image"), open_image(rgb_path) as image:
             shape = (image.height, image.width)
@@ -465,8 +460,7 @@ def save_array(path: Path, array: np.ndarray) -> str:
 
 
 def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
-    """Shape and statistics by band of a cube (H, W, bands), and its grid of patches (rows,
-    columns)."""
+    """Shape and statistics by band of a cube (H, W, bands), and its grid of patches."""
     return {
         "shape": list(cube.shape),
         "range": [cube.min(), cube.max()],
@@ -481,9 +475,8 @@ def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
 
 
 def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) -> RgbFacts:
-    """How the photos are stored, how their light is encoded, and which camera saw them: `given` the
-    ones that came with the data, the settings' the ones that were rendered; None where unknown or
-    mixed."""
+    """How the photos are stored, how their light is encoded, and which camera saw them: `given`
+    those that came with the data, the settings' the rendered ones; None where unknown or mixed."""
     dtypes: dict[str, str] = {}  # and a photo that has it
     cameras = set()
     for entry in entries:

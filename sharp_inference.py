@@ -347,8 +347,7 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
 
 
 def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
-    """Score every model on the split, each rank its share of the scenes; rank 0 writes what
-    concerns all of them."""
+    """Score every model on the split, each rank its share; rank 0 writes what concerns all."""
     output = Path(args.output or ".")
     folders = [output / model.name if len(models) > 1 else output for model in models]
     for folder in folders:
@@ -422,9 +421,8 @@ def check_bands(model: Loaded, wavelengths: list[float], data_root: str) -> None
 
 
 def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, int | None]:
-    """`forward` of a frame (1, 3, H, W) from the loader, and the tile that it took: None for the
-    whole frame, which it is unless --patch_size or --memory_gb says otherwise, or memory runs
-    out."""
+    """`forward` of the loader's frame (1, 3, H, W), and the tile that it took: None for the whole
+    frame, which it is unless --patch_size, --memory_gb or too little memory says otherwise."""
     height, width = rgb.shape[-2:]
     longer = max(height, width)
     patch = args.patch_size

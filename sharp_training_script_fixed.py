@@ -189,8 +189,7 @@ class Run(RunState):
         return self.finish(done, time.monotonic() - start)
 
     def train_epoch(self) -> bool:
-        """The rest of the epoch; False when a signal stops it, always after a whole optimizer
-        step."""
+        """The rest of the epoch; False when a signal stops it, after a whole optimizer step."""
         cfg = self.cfg
         self.engine.wrapped.train()
         self.train_loader.set_position(self.epoch, self.iteration)

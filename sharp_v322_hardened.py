@@ -128,8 +128,7 @@ class SHARPv32Config:
 
     @property
     def dims(self) -> list[int]:
-        """Channels of each level, a multiple of 8 for each head of each branch: fast in half
-        precision."""
+        """Channels of each level, a multiple of 8 per head and branch: fast in half precision."""
         dims = []
         for share, heads in zip(LEVEL_WIDTHS, self.heads, strict=False):
             step = 16 * heads
@@ -501,8 +500,7 @@ class SHARPv32Trainer:
             raise FloatingPointError(f"{count} steps in a row had non-finite gradients")
 
     def state_dict(self) -> dict:
-        """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model,
-        or None."""
+        """What an exact resume needs. `ema`: a state dict of the model, or None."""
         average = {"ema": None, "ema_updates": 0}
         if self.average is not None:
             average = self.average.state_dict()

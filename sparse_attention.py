@@ -99,14 +99,12 @@ def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> Non
 
 
 def keys_to_keep(n: int, ratio: float) -> int:
-    """K = max(1, ceil((1 - ratio) * n)), with room for the rounding of 1 - ratio: 0.9 of 300 keeps
-    30, not 31."""
+    """K = max(1, ceil((1 - ratio) * n)), with room for rounding: 0.9 of 300 keeps 30, not 31."""
     return max(1, math.ceil((1.0 - ratio) * n - 1e-6))
 
 
 def _spans(total: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) pairs that cover range(total), `size` rounded up to ROW_GROUP long; a short
-    tail joins the last."""
+    """(start, stop) pairs that cover range(total), a multiple of ROW_GROUP of about `size` long."""
     size = -(-size // ROW_GROUP) * ROW_GROUP
     starts = list(range(0, total, size))
     if len(starts) > 1 and total - starts[-1] < ROW_GROUP:
@@ -154,8 +152,7 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 def _keep_and_softmax_(scores: Tensor, threshold: Tensor) -> Tensor:
-    """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0
-    elsewhere."""
+    """In place: softmax over the scores that reach the row's threshold, 0 elsewhere."""
     below = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     # The difference is > 0 exactly where a score reaches the threshold.
     scores.sub_(below.minimum(threshold - torch.finfo(threshold.dtype).tiny))
@@ -207,8 +204,7 @@ _topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, 
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, and most
-    entries are exactly 0."""
+    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1."""
     with torch.no_grad():
         ordered = scores.sort(-1, descending=True).values
         rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
@@ -288,8 +284,7 @@ class _LocalTiles:
 
     def _overlapping(self, value: Tensor) -> Tensor:
         """The sum of tiles of keys (BH, down, across, size, size, D), TILE from one another, as an
-        image. Neighbours share a border, so they are added in pieces of a tile's size at most, of
-        which no two overlap."""
+        image. Neighbours share a border, so they are added in pieces of which no two overlap."""
         down, across, size = value.shape[1:4]
         below, right = (down - 1) * TILE, (across - 1) * TILE
         part = value.new_zeros(len(value), below + size, right + size, value.shape[5])
@@ -304,8 +299,7 @@ class _LocalTiles:
     def inputs(
         self, step: int, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v of a step, and what its windows and the frame add to the scores. Keys off the
-        frame are zeros."""
+        """q, k, v of a step (keys off the frame are zeros), and what is added to the scores."""
         tiles, rows, columns, padding = self._place(step, self.reach)
         q = self.take(q, step, 0)
         k, v = self.take(k, step, self.reach), self.take(v, step, self.reach)

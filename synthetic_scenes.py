@@ -95,8 +95,7 @@ INDOOR = (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
 
 
 def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
-    """The K/S spectrum of one material: a grey part, a main pigment and often a second one, each a
-    little varied."""
+    """The K/S spectrum of one material: a grey part, a main pigment and often a second one."""
     kind = FAMILIES[family]
     grey = np.exp(rng.uniform(*np.log(kind.grey)))
     ks = grey * (WAVELENGTHS / 550) ** rng.uniform(-0.6, 0.2)
@@ -136,14 +135,12 @@ def _varied(lobes: list[Lobe], rng: np.random.Generator) -> list[Lobe]:
 
 
 def reflectance(ks: np.ndarray) -> np.ndarray:
-    """Kubelka and Munk: reflectance of a thick layer with absorption over scattering K/S, and the
-    surface's own."""
+    """Kubelka and Munk: reflectance of a thick layer of absorption over scattering K/S."""
     return FRESNEL + (1 - FRESNEL) * (1 + ks - np.sqrt(ks * (ks + 2)))
 
 
 def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Direct and ambient light, peak 1: sun and sky, or a phase of daylight; or a lamp or a window,
-    with some daylight."""
+    """Direct and ambient light, peak 1: sun or daylight and sky, or a lamp or window."""
     if outdoor:
         direct = _blackbody_between(5000, 6000, rng)
         if rng.random() < 0.5:

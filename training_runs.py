@@ -203,8 +203,7 @@ def _copied(state: Any) -> Any:
 
 
 class RunLog:
-    """Writes metrics.jsonl and TensorBoard files, mirrored to Weights & Biases where asked; silent
-    on all ranks but 0."""
+    """Writes metrics.jsonl, TensorBoard files and, where asked, Weights & Biases; on rank 0."""
 
     def __init__(
         self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict
@@ -252,8 +251,7 @@ class RunLog:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drop what a killed run logged after `step`, its last checkpoint: it is made again. The last
-    line may have been cut."""
+    """Drop what a killed run logged after `step`, which is made again, and a line that was cut."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("}\n") and json.loads(line)["step"] <= step:
@@ -322,8 +320,7 @@ def environment_record(device: torch.device | None = None) -> dict:
 
 
 def check_progress(state: dict, needed: tuple[str, ...], iterations: int, path: Path) -> None:
-    """UserError unless a checkpoint is a run's, and stands within an epoch of this many
-    iterations."""
+    """UserError unless a checkpoint is a run's, within an epoch of this many iterations."""
     for key in needed:
         if key not in state:
             raise UserError(f"--resume_from {path}: no run to go on from (no {key})")

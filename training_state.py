@@ -51,8 +51,7 @@ def complete_settings(cfg: Any, name: str) -> None:
 
 
 def learning_rate(step: int, cfg: Any, steps_per_epoch: int) -> float:
-    """Linear warm-up from above 0, then a cosine to eta_min, where it stays: a pure function of the
-    step."""
+    """Linear warm-up from above 0, then a cosine to eta_min: a pure function of the step."""
     total = cfg.epochs * steps_per_epoch
     warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 2)
     if step < warmup:
@@ -206,8 +205,7 @@ class RunState:
     # --- between steps
 
     def log_progress(self) -> None:
-        """One line of metrics.jsonl and the bar's text; the only place where a step waits for the
-        device."""
+        """A line of metrics.jsonl and the bar's text; the only place that waits for the device."""
         loss, error, count = self.ranks.sum(self.totals).tolist()
         self.totals.zero_()
         if not count:
@@ -237,8 +235,7 @@ class RunState:
     # --- validation
 
     def validate(self) -> bool:
-        """Where it is due, score full frames with the averaged weights and keep the best; False
-        when a signal stops it."""
+        """Where due, score frames with the averaged weights, keep the best; False when stopped."""
         cfg = self.cfg
         due = (self.epoch + 1) % cfg.val_interval == 0 or self.epoch + 1 == cfg.epochs
         if not due or self.validated >= self.epoch:
@@ -264,8 +261,7 @@ class RunState:
 
     @torch.no_grad()
     def score_scenes(self) -> list[tuple[str, dict]]:
-        """(name, metrics) of this rank's scenes, or of some where a signal stops it; the first one
-        is drawn."""
+        """(name, metrics) of this rank's scenes, fewer when stopped; the first one is drawn."""
         cfg, model = self.cfg, self.averaged_model().eval()
         scores: list[tuple[str, dict]] = []
         for scene in self.val_loader:
