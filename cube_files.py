@@ -331,7 +331,10 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             reserve(file, cube.nbytes)
             file.unlink(missing_ok=True)
         if kind == "npy":
-            _write_npy(file, cube)
+            if isinstance(cube, np.memmap) and cube.filename is not None:
+                os.replace(cube.filename, file)
+            else:
+                np.save(file, cube)
         elif kind == "npz":
             np.savez(file, cube=cube, wavelengths=np.array(wavelengths, np.float32))
         elif kind == "mat":
@@ -343,13 +346,6 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
             os.replace(written, path.parent / written.name)
-
-
-def _write_npy(file: Path, cube: np.ndarray) -> None:
-    if isinstance(cube, np.memmap) and cube.filename is not None:
-        os.replace(cube.filename, file)
-    else:
-        np.save(file, cube)
 
 
 class StoredCube(NamedTuple):

@@ -32,7 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 import common_utils_v32 as common
 import compute_devices as devices
 from common_utils_v32 import opt
-from compute_devices import Ranks
 from hsifusion_v252_complete import (
     SIZES,
     LightningProConfig,
@@ -40,47 +39,38 @@ from hsifusion_v252_complete import (
     laplace_nll,
 )
 from optimized_dataloader import DataConfig, prepare_batch
-from training_runs import RunFolder, SoundState
 from training_state import RunState, complete_settings, run_trainer
 
 MODEL = "hsifusion"
 SKIPPED_LIMIT = 20  # steps with non-finite gradients in a row before a run gives up
 CHECK_EVERY = 50  # steps between two looks of a GPU at their count
 LIKELIHOOD_WEIGHT = 0.1  # of the uncertainty head's term in the loss
-_data, _optimisation = partial(opt, group="data"), partial(opt, group="optimisation")
-_speed, _validation = partial(opt, group="speed"), partial(opt, group="validation")
-_run = partial(opt, group="run")
+_data, _model = partial(opt, group="data"), partial(opt, group="model")
+_learn, _speed = partial(opt, group="optimisation"), partial(opt, group="speed")
+_validation, _run = partial(opt, group="validation"), partial(opt, group="run")
 
 
 @dataclasses.dataclass
 class TrainConfig(DataConfig):
     """Settings of a run; every field is a flag, those of the data set's configuration too."""
 
-    data_root: str = _data(
-        "", "staged or raw ARAD-1K folder (default: $HSI_DATA_DIR or ./data/ARAD_1K)"
-    )
+    data_root: str = _data("", "staged or raw ARAD-1K (default: $HSI_DATA_DIR or ./data/ARAD_1K)")
     batch_size: int = _data(12, "patches per batch and process")
 
-    model_size: str = opt(
-        "base", "preset of the model's fields", group="model", choices=tuple(SIZES)
-    )
+    model_size: str = _model("base", "preset of the model's fields", choices=tuple(SIZES))
 
-    epochs: int = _optimisation(300, "length of the run")
-    accumulate_steps: int = _optimisation(1, "batches per optimizer step")
-    optimizer: str = _optimisation("adamw", "update rule", choices=("adamw", "adam"))
-    lr: float = _optimisation(4e-4, "peak learning rate")
-    eta_min: float = _optimisation(1e-6, "learning rate at the end of the cosine")
-    warmup_epochs: float = _optimisation(5.0, "epochs of linear warm-up")
-    weight_decay: float = _optimisation(
-        1e-4, "on weight matrices; never on norms, biases, layer scales"
-    )
-    gradient_clip: float = _optimisation(1.0, "largest gradient norm; 0 is no clipping")
-    train_floor: float = _optimisation(1e-3, "smallest denominator of the training MRAE")
-    train_floor_start: float | None = _optimisation(
-        None, "its value at first, falling over the warm-up"
-    )
-    ema_decay: float = _optimisation(0.999, "decay of the averaged weights; 0 is no averaging")
-    ema_update_every: int = _optimisation(1, "steps between two updates of the average")
+    epochs: int = _learn(300, "length of the run")
+    accumulate_steps: int = _learn(1, "batches per optimizer step")
+    optimizer: str = _learn("adamw", "update rule", choices=("adamw", "adam"))
+    lr: float = _learn(4e-4, "peak learning rate")
+    eta_min: float = _learn(1e-6, "learning rate at the end of the cosine")
+    warmup_epochs: float = _learn(5.0, "epochs of linear warm-up")
+    weight_decay: float = _learn(1e-4, "on weight matrices; never on norms, biases, layer scales")
+    gradient_clip: float = _learn(1.0, "largest gradient norm; 0 is no clipping")
+    train_floor: float = _learn(1e-3, "smallest denominator of the training MRAE")
+    train_floor_start: float | None = _learn(None, "its value at first, falling over the warm-up")
+    ema_decay: float = _learn(0.999, "decay of the averaged weights; 0 is no averaging")
+    ema_update_every: int = _learn(1, "steps between two updates of the average")
 
     use_amp: bool = _speed(True, "mixed precision where --amp_dtype gives one")
     amp_dtype: str = _speed(
@@ -129,13 +119,6 @@ class Run(RunState):
 
     kind, parts = MODEL, ("optimizer", "scaler")
 
-    def __init__(
-        self, cfg: TrainConfig, ranks: Ranks, device: torch.device, folder: RunFolder
-    ) -> None:
-        super().__init__(cfg, ranks, device, folder)
-        learnt = (self.model, self.optimizer, self.scaler, self.average)
-        self.sound = SoundState(*(part for part in learnt if part is not None))
-
     def make_model(self, state: dict | None, resume: Path | None) -> None:
         """Model, what wraps it, its average, optimizer and schedule."""
         cfg, device = self.cfg, self.device
@@ -159,6 +142,9 @@ class Run(RunState):
         self.schedule = self.make_schedule(self.optimizer)
         self.scaler = common.make_scaler(device, self.amp)
         self.skipped = torch.zeros((), device=device)  # steps in a row
+        self.trained = [self.model, self.optimizer, self.scaler]
+        if self.average is not None:
+            self.trained.append(self.average)
 
     def compile(self) -> bool:
         """Compile the network where it is asked for, or pays, and works."""

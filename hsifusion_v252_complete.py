@@ -76,23 +76,15 @@ class LightningProConfig:
     out_channels: int = _model(31, "bands of the output cube")
     base_channels: int = _model(48, "channels at half resolution; coarser levels are wider")
     depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks per level; a decoder level has one less, at least one"
+        (1, 2, 2), "blocks per level; a decoder has one less, at least one"
     )
-    num_heads: tuple[int, ...] = _model(
-        (2, 2, 4), "attention heads per level, half of them spectral"
-    )
-    window_size: int = _model(
-        8, "side of an attention window, tokens; windows overlap by a quarter"
-    )
+    num_heads: tuple[int, ...] = _model((2, 2, 4), "attention heads per level, half spectral")
+    window_size: int = _model(8, "side of an attention window, tokens; they overlap by a quarter")
     mlp_ratio: float = _model(2.0, "hidden width of an MLP over its input width")
 
     enable_spectral: bool = _feature(True, "give half of the heads to spectral attention")
-    use_sliding_window: bool = _feature(
-        True, "window attention; off: attention over the whole frame"
-    )
-    use_sparse_attention: bool = _feature(
-        False, "whole-frame attention keeps the top tenth of keys"
-    )
+    use_sliding_window: bool = _feature(True, "window attention; off: over the whole frame")
+    use_sparse_attention: bool = _feature(False, "whole-frame attention keeps a tenth of the keys")
     use_moe: bool = _feature(False, "mixture of experts in place of the MLP")
     num_experts: int = _feature(4, "experts of a mixture; each token goes to two")
     use_rope: bool = _feature(True, "rotary positions in windows")
@@ -419,8 +411,9 @@ class HSIFusionNet(nn.Module):
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        x = in_strips(self._stem, colour, channels=self.stem.out_features)
-        x = in_strips(self._mix, x, channels=self.stem.out_features, halo=1)
+        width = self.stem.out_features
+        x = in_strips(lambda x: self.stem(space_to_depth(x)), colour, channels=width)
+        x = in_strips(lambda x: x + self.stem_mix(x), x, channels=width, halo=1)
         skips = []
         for level, stage in enumerate(self.encoder):
             if level > 0:
@@ -434,12 +427,6 @@ class HSIFusionNet(nn.Module):
                 x = self.cross[step](x, skip)
             x = self.run(stage, self.fuse[step](torch.cat([x, skip], dim=-1)))
         return x
-
-    def _stem(self, colour: Tensor) -> Tensor:
-        return self.stem(space_to_depth(colour))
-
-    def _mix(self, x: Tensor) -> Tensor:
-        return x + self.stem_mix(x)
 
     def _halve(self, x: Tensor, down: nn.Module) -> Tensor:
         return in_strips(lambda x: down(space_to_depth(x)), x, channels=2 * x.shape[3])
@@ -498,9 +485,4 @@ def create_hsifusion_lightning_pro(
 def from_pretrained(path: str, ema: bool = True) -> HSIFusionNet:
     """Model and weights from a checkpoint of the trainer (.ckpt or .safetensors), the averaged
     weights where there are any and `ema` is on. UserError for a file that is none."""
-
-    def create(**config: object) -> HSIFusionNet:
-        settings: dict = config
-        return HSIFusionNet(LightningProConfig(**settings))
-
-    return build_from_checkpoint(path, "hsifusion", create, ema)
+    return build_from_checkpoint(path, "hsifusion", create_hsifusion_lightning_pro, ema)

@@ -68,12 +68,10 @@ class SHARPv32Config:
     out_channels: int = _model(31, "bands of the cube")
     base_dim: int = _model(48, "channels at half resolution")
     depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks of each level; a decoder has one less, at least 1"
+        (1, 2, 2), "blocks per level; a decoder has one less, at least 1"
     )
     heads: tuple[int, ...] = _model((1, 1, 2), "attention heads of each branch, by level")
-    mlp_ratios: tuple[float, ...] = _model(
-        (2.0, 2.0, 2.0), "hidden width of an MLP over its input's"
-    )
+    mlp_ratios: tuple[float, ...] = _model((2.0, 2.0, 2.0), "hidden width of an MLP over its input")
     drop_path_rate: float = _model(0.0, "chance to drop a branch of the last block, rising to it")
     use_checkpoint: bool = _model(False, "recompute blocks in the backward to save memory")
     min_input_size: int = _model(64, "smallest height and width, pixels")
@@ -93,7 +91,7 @@ class SHARPv32Config:
     sparsemax_pad_value: float | None = _sparse(None, "sparsemax score off the frame; none masks")
     non_negative: bool = _model(True, "clamp the cube at 0, gradients pass")
     basis_weight: float = _model(
-        BASIS_WEIGHT, "weight of the loss that keeps spectra smooth, orthonormal"
+        BASIS_WEIGHT, "weight of the loss of spectra not smooth, orthonormal"
     )
     compile_mode: str | None = _model(
         None, "of torch.compile; where given, the step engine compiles", choices=COMPILE_MODES
@@ -400,12 +398,7 @@ def create_sharp_v32(
 def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
     """Model and weights from any checkpoint of the trainer; the averaged weights if there are any
     and `ema` is on. UserError for a file that is none."""
-
-    def create(**config: object) -> SHARPv32:
-        settings: dict = config
-        return SHARPv32(SHARPv32Config(**settings))
-
-    return build_from_checkpoint(path, "sharp", create, ema)
+    return build_from_checkpoint(path, "sharp", create_sharp_v32, ema)
 
 
 # --- step engine

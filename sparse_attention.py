@@ -80,15 +80,9 @@ def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> Non
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (q[-1] + v[-1])
 
     def flops_backward(
-        _: Shape,
-        q: Shape,
-        k: Shape,
-        v: Shape,
-        out: Shape,
-        values: Shape,
-        *settings: Any,
-        out_shape: Any = None,
+        _: Shape, q: Shape, k: Shape, v: Shape, *others: Any, out_shape: Any = None
     ) -> int:
+        settings = others[2:]  # after output and values
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (3 * q[-1] + 2 * v[-1])
 
     register_flop_formula(getattr(torch.ops.hsi, name))(flops)
@@ -498,7 +492,7 @@ def sparse_attention_topk_streaming(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     in_windows = sparse_mode in ("local", "sparsemax")
     with torch.autocast(q.device.type, enabled=False):  # half precision would move the threshold
-        q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         if in_windows or (sparse_mode == "topk" and k.shape[1] > max_tokens):
             frame, sparse = _check_frame(q, k, spatial_shape), sparse_mode == "sparsemax"
             out = _local_attention(q, k, v, frame, side, scale, sparse, sparsemax_pad_value)
@@ -510,10 +504,6 @@ def sparse_attention_topk_streaming(
             keep = min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)
             out = _topk_attention(q, k, v, keep, scale, block_size, q_block_size)
     return out.to(dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _local_attention(

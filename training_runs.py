@@ -102,10 +102,8 @@ def start_weights(
     found = checkpoint["model"] or kind
     if found != kind:
         raise UserError(f"--init_from {init_from}: holds {found}, this trains {kind}")
-    weights, own = (
-        without_wrappers(checkpoint["ema"] or checkpoint["state_dict"]),
-        model.state_dict(),
-    )
+    weights = without_wrappers(checkpoint["ema"] or checkpoint["state_dict"])
+    own = model.state_dict()
     other_bands = [name for name in weights if _is_of_other_bands(name, weights, own)]
     for name in other_bands:
         weights[name] = own[name]

@@ -71,7 +71,7 @@ class RunState:
     schedule: torch.optim.lr_scheduler.LambdaLR
     amp: torch.dtype | None
     compiled: bool
-    sound: runs.SoundState
+    trained: list[Any]  # what changes with a step, and has state_dict and load_state_dict
     totals: Tensor  # loss, MRAE and their count since the last line
     logged: tuple[float, int]  # time and iteration of the last line
     lr: float  # of the last step
@@ -93,6 +93,7 @@ class RunState:
         if state and resume:
             with restoring(resume):
                 self.load(state, resume)
+        self.sound = runs.SoundState(*self.trained)
         self.start_log()
 
     def make_model(self, state: dict | None, resume: Path | None) -> None:
