@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# --- rotary positions
-
 
 def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Cosines and signed sines (2, height * width, dim) that turn a head of width `dim`.
@@ -39,9 +37,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     Whole rows are multiplied: to cut them into halves first takes five times as long."""
     cosines, signed_sines = table.to(x.dtype)
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), signed_sines)
-
-
-# --- windows
 
 
 def window_count(side: int, window: int, stride: int) -> int:

@@ -71,9 +71,6 @@ def blackbody(nm: np.ndarray, kelvin: float) -> np.ndarray:
     return colour.colorimetry.planck_law(nm * 1e-9, kelvin)
 
 
-# --- cameras
-
-
 def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
     """Weights (bands, 3) that make R, G and B of a spectrum: band width times sensitivity, with
     the gain at which a perfect white (all bands 1) is 1.
@@ -136,9 +133,6 @@ def _read_camera_csv(path: str) -> Table:
     return table[:, 0], table[:, 1:]
 
 
-# --- photos
-
-
 def render_rgb(
     cube: np.ndarray,
     response: np.ndarray,
@@ -184,9 +178,6 @@ def _as_jpeg(frame: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
     encoded = io.BytesIO()
     Image.fromarray(frame).save(encoded, "JPEG", quality=quality)
     return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
-
-
-# --- pictures
 
 
 def cube_to_srgb(cube: np.ndarray, wavelengths: Wavelengths) -> np.ndarray:

@@ -40,9 +40,6 @@ from terminal import CliParser
 LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
 
 
-# --- command line
-
-
 class UserError(Exception):
     """Bad input. One line that names the file, flag or value and says what to do."""
 
@@ -171,17 +168,11 @@ def given_fields(settings: Any, cls: type, skip: tuple[str, ...] = ()) -> dict[s
     return given
 
 
-# --- seeds
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, CUDA included."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-# --- worker processes
 
 
 def begin_worker() -> None:
@@ -196,9 +187,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-# --- files
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -273,9 +261,6 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
-
-
-# --- optimizer states
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -31,9 +31,6 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_AL
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
-# --- processes
-
-
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """This process's place among the processes of a run: torchrun's, or one process alone."""
@@ -107,9 +104,6 @@ def distribute(model: nn.Module, device: torch.device) -> DistributedDataParalle
         dist.broadcast(buffer, 0)
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-
-
-# --- devices
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -198,9 +192,6 @@ def autocast_type(wanted: bool, name: str, device: torch.device) -> torch.dtype 
     return torch.bfloat16 if native else torch.float16
 
 
-# --- compiling
-
-
 def missing_compiler(device: torch.device) -> str:
     """What torch.compile would need and this machine lacks; empty where nothing is missing."""
     if device.type == "cuda":
@@ -275,9 +266,6 @@ def compile_in_place(
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.is_main:
         print(text, file=sys.stderr, flush=True)
-
-
-# --- memory
 
 
 def memory_gb(device: torch.device) -> float:

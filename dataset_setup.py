@@ -81,9 +81,6 @@ SPARE_BYTES = 10_000_000  # for index and pictures
 Job = tuple[str, Scene]  # a scene and its split
 
 
-# --- synthetic raw scenes
-
-
 def make_synthetic(args: argparse.Namespace) -> None:
     """Write a raw data set in the ARAD-1K layout: a fifth for validation, two test images more."""
     root, count = Path(args.output_root), args.synthetic
@@ -136,9 +133,6 @@ def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dic
     atomic_write(folder / f"{name}.jpg", lambda file: file.write(jpeg))
 
 
-# --- the scenes of a source
-
-
 def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, list[Scene]]:
     """The scenes in two splits, at least one in each where there are two and share is above 0."""
     most = max(len(scenes) - 1, 0)
@@ -176,9 +170,6 @@ def collect_scenes(args: argparse.Namespace) -> list[Job]:
     if not jobs or jobs[0][0] == "test":
         raise UserError(f"{root}: no scenes in it; dataset_setup.py --help shows known layouts")
     return jobs
-
-
-# --- settings
 
 
 def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any]:
@@ -242,9 +233,6 @@ def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None
             "--output-root"
         )
     write_json(path, settings)
-
-
-# --- one scene
 
 
 def check_files(scene: Scene, render: str | None) -> None:
@@ -341,9 +329,6 @@ def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
     write_json(root / split / f"{scene.name}.json", entry)
 
 
-# --- the folder
-
-
 def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[Any]:
     """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a
     progress bar; an error ends it."""
@@ -431,9 +416,6 @@ def _source_camera(args: argparse.Namespace) -> str | None:
     return synthetic_camera(Path(args.arad_root)) if args.arad_root else None
 
 
-# --- verification
-
-
 def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
     """One row of the table."""
     split, scene = job
@@ -460,9 +442,6 @@ def verify(args: argparse.Namespace) -> int:
     problems = sum("  PROBLEM " in row for row in rows)
     print(*rows, f"{len(rows)} scenes, {problems} with problems", sep="\n")
     return 1 if problems else 0
-
-
-# --- command line
 
 
 def _frame_size(text: str) -> tuple[int, int]:

@@ -177,9 +177,6 @@ def write_run_figure(folder: Path) -> None:
             places["MRAE"].legend(fontsize=8)
 
 
-# --- a scene
-
-
 def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any]:
     name = record["scene_id"]
     predicted = np.load(folder / "hsi" / f"{name}.npy", mmap_mode="r")

@@ -110,9 +110,6 @@ class Loaded:
     pixel_bytes: float = 0.0  # that a forward needs for each pixel
 
 
-# --- loading
-
-
 def load_model(
     spec: str | None = None, device: torch.device | None = None, options: LoadOptions | None = None
 ) -> Loaded:
@@ -241,9 +238,6 @@ def mst_plus_plus(root: str | None) -> nn.Module:
     return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
 
 
-# --- one forward
-
-
 def forward(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Tensor:
     """(B, 3, h, w) -> (B, bands, h, w) float32, then the scale's channels where there are any."""
     height, width = rgb.shape[-2:]
@@ -307,9 +301,6 @@ def macs_256(model: Loaded, options: PredictionOptions) -> int:
     with counter, sdpa_kernel(SDPBackend.MATH):
         forward(model, torch.rand(1, 3, 256, 256), replace(options, ensemble=False))
     return counter.get_total_flops() // 2
-
-
-# --- tiles
 
 
 def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
@@ -395,9 +386,6 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
         into.flatten(1).copy_(tile.permute(1, 2, 0).flatten(0, 1).t())
     else:
         into[:, above:] = tile[:, above:]
-
-
-# --- frames that fit the memory
 
 
 def in_memory(size: tuple[int, int]) -> Allocate:

@@ -161,8 +161,6 @@ class Run(RunState):
             obstacle=obstacle,
         )
 
-    # --- the loop
-
     def train(self) -> int:
         """All epochs -> exit code."""
         start, done = time.monotonic(), False
@@ -245,8 +243,6 @@ class Run(RunState):
             what = f"step {self.step}: {count} steps in a row had non-finite gradients"
             self.say(self.sound.go_back(what))
             self.skipped.zero_()
-
-    # --- state
 
     def learnt(self) -> dict:
         average = {"ema": None, "ema_updates": 0}

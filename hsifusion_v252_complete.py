@@ -135,9 +135,6 @@ class LightningProConfig:
         return widths
 
 
-# --- attention
-
-
 class WindowAttention(nn.Module):
     """Attention of some heads in space: in overlapping windows, or over the whole frame."""
 
@@ -240,9 +237,6 @@ class CrossAttention(nn.Module):
         return x + self.proj(rearrange(out, "b h (y x) d -> b y x (h d)", y=height))
 
 
-# --- blocks
-
-
 class Mlp(nn.Module):
     """Linear, 3 x 3 depthwise convolution, GELU, linear."""
 
@@ -342,9 +336,6 @@ class TokenGroupNorm(nn.GroupNorm):
         grouped = x.unflatten(-1, (self.num_groups, -1))
         normed = F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
         return torch.addcmul(self.bias, normed, self.weight)
-
-
-# --- model
 
 
 def _norm_linear(dim: int, out: int) -> nn.Sequential:

@@ -77,9 +77,6 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     return nm.tolist()
 
 
-# --- ENVI
-
-
 def envi_header(path: Path) -> dict[str, str]:
     """The fields of an ENVI header by their names in small letters; lists without their braces."""
     text = path.read_bytes().decode("utf-8", errors="replace")
@@ -227,9 +224,6 @@ def to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
         values[stored == facts.no_data] = np.nan
     values /= np.float32(facts.factor)
     return values
-
-
-# --- TIFF
 
 
 def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:

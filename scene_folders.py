@@ -448,9 +448,6 @@ class RawScenes(Scenes):
         return rgb_range
 
 
-# --- a staged folder, written
-
-
 def save_array(path: Path, array: np.ndarray) -> str:
     """Write an array as .npy; -> the file's SHA-256."""
     memory = io.BytesIO()

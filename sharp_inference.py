@@ -165,9 +165,6 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
             raise ValueError("--input and --export take one --checkpoint")
 
 
-# --- images
-
-
 def photo_source(
     rgb: np.ndarray, rgb_norm: str, encoding: str = "linear"
 ) -> tuple[Source, int, int]:
@@ -341,9 +338,6 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
     if failures and ranks.is_main:
         count = f"{len(failures)} of {len(inputs)} inputs failed: " if len(inputs) > 1 else ""
         raise UserError(count + "; ".join(failures))
-
-
-# --- evaluation
 
 
 def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:

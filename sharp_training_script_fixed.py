@@ -158,8 +158,6 @@ class Run(RunState):
             mode=cfg.compile_mode,
         )
 
-    # --- the loop
-
     def train(self) -> int:
         """All epochs -> exit code."""
         start, done = time.monotonic(), False
@@ -211,8 +209,6 @@ class Run(RunState):
             self.norm = result["grad_norm"]
         self.schedule.step()
         self.step += 1
-
-    # --- state
 
     def learnt(self) -> dict:
         engine = self.engine.state_dict()

@@ -134,9 +134,6 @@ class SHARPv32Config:
         return dims
 
 
-# --- layers
-
-
 class ChannelRMSNorm(nn.Module):
     """Each pixel's channels over their root mean square, times a weight.
 
@@ -289,9 +286,6 @@ class GatedCrossFusion(nn.Module):
         return x + self.skip(skip) + torch.sigmoid(self.gate(query)) * found
 
 
-# --- model
-
-
 class SHARPv32(nn.Module):
     """See the head of this file. `config` holds its settings."""
 
@@ -400,8 +394,6 @@ def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
     and `ema` is on. UserError for a file that is none."""
     return build_from_checkpoint(path, "sharp", create_sharp_v32, ema)
 
-
-# --- step engine
 
 CHECK_EVERY = 50  # steps between two looks of a GPU at the count of skipped ones
 

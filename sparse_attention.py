@@ -31,9 +31,6 @@ TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}
 Shape = tuple[int, ...]
 
 
-# --- operators whose loops stay out of compiled graphs
-
-
 def _register(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor]],
@@ -87,9 +84,6 @@ def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> Non
 
     register_flop_formula(getattr(torch.ops.hsi, name))(flops)
     register_flop_formula(getattr(torch.ops.hsi, f"{name}_backward"))(flops_backward)
-
-
-# --- exact top-k
 
 
 def keys_to_keep(n: int, ratio: float) -> int:
@@ -192,9 +186,6 @@ def _topk_backward(
 
 
 _topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, settings: k[1])
-
-
-# --- local windows
 
 
 def sparsemax(scores: Tensor) -> Tensor:
@@ -369,9 +360,6 @@ _local_op = _register(
 )
 
 
-# --- blocks of keys
-
-
 def _in_blocks(x: Tensor, size: int) -> Tensor:
     """(BH, N, D) -> (BH, blocks, size, D), zeros in the last block's rest."""
     return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
@@ -415,9 +403,6 @@ def _block_attention(
 
     out = F.scaled_dot_product_attention(q, gather(k), gather(v), attn_mask=mask, scale=scale)
     return out.flatten(1, 2)[:, :queries]
-
-
-# --- the one entrance
 
 
 def odd_side(window_size: int, name: str) -> int:

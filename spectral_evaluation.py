@@ -54,9 +54,6 @@ STRESS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- metrics
-
-
 def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (C, H, W) float64."""
     if pred.shape != target.shape:
@@ -116,9 +113,6 @@ def ssim(pred: Tensor, target: Tensor) -> float:
     similarity = structural_similarity_index_measure(pred, target, data_range=1.0)
     assert isinstance(similarity, Tensor)  # it returns more only when asked
     return similarity.item()
-
-
-# --- the protocol
 
 
 def crop_border(height: int, width: int, border: int = BORDER) -> tuple[int, int]:
@@ -207,9 +201,6 @@ def laplace_calibration(
     return inside, [scales, errors]
 
 
-# --- over scenes
-
-
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:
     """Means over scenes of scene_metrics' numbers; black scenes, without an angle, not in SAM's."""
     means = {}
@@ -241,9 +232,6 @@ def validation_record(scores: list[tuple[str, dict]]) -> dict[str, Any]:
     return record | {"border": scenes[0]["border"], "scenes": len(scenes)}
 
 
-# --- stress
-
-
 def stressed_photo(
     cube: np.ndarray,
     wavelengths: list[float],
@@ -262,9 +250,6 @@ def stressed_photo(
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     photo, _ = render_rgb(cube, response, rng=rng, exposure=gain, **recipe)
     return photo
-
-
-# --- summary of an evaluation
 
 
 def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
@@ -361,9 +346,6 @@ def _headline_row(summary: dict) -> dict[str, str]:
     row["s/frame"] = f"{summary['seconds_per_frame']:.3f}"
     row["peak MB"] = f"{summary['peak_memory_mb']:.0f}"
     return row
-
-
-# --- figures
 
 
 @contextmanager

@@ -31,9 +31,6 @@ BASIS_RANK = 12
 BASIS_WEIGHT = 0.01  # of the loss that keeps those spectra smooth and orthonormal
 
 
-# --- regularisation and resolution
-
-
 class DropPath(nn.Module):
     """Drops a residual branch per sample with probability p, and scales the rest by 1 / (1 - p).
 
@@ -85,9 +82,6 @@ def check_image(rgb: Tensor, channels: int, least_side: int) -> None:
         )
 
 
-# --- strips of rows
-
-
 def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
     """Rows of x (B, H, W, C) to read, and which of the rows read to keep, strip by strip.
 
@@ -128,9 +122,6 @@ def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo:
     return out
 
 
-# --- colour
-
-
 def brightness(x: Tensor) -> Tensor:
     """Mean of the channels of (B, H, W, C), DARK above 0: (B, H, W, 1)."""
     return x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
@@ -150,9 +141,6 @@ def colour_features(x: Tensor) -> Tensor:
 def colour_channels(channels: int) -> int:
     """How many features colour_features makes of an image's channels."""
     return 3 * channels + 1
-
-
-# --- spectral attention
 
 
 class SpectralAttention(nn.Module):
@@ -187,9 +175,6 @@ class SpectralAttention(nn.Module):
         return (x.flatten(1, 2) @ frame_map).unflatten(1, x.shape[1:3])
 
 
-# --- the closed-form start
-
-
 def fit_linear_spectral_path(
     rgb: Tensor, cube: Tensor, floor: float = 0.01
 ) -> tuple[Tensor, Tensor]:
@@ -214,9 +199,6 @@ def fit_linear_spectral_path(
     diagonal += 1e-9 * diagonal.mean(dim=1, keepdim=True)
     beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
     return beta[:, :-1].float(), beta[:, -1].float()
-
-
-# --- the head
 
 
 class CameraConsistency(nn.Module):

@@ -91,9 +91,6 @@ OUTDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1)
 INDOOR = (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
 
 
-# --- spectra
-
-
 def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
     """The K/S spectrum of one material: a grey part, a main pigment and often a second one."""
     kind = FAMILIES[family]
@@ -182,9 +179,6 @@ def _blackbody_between(low: float, high: float, rng: np.random.Generator) -> np.
     """Light of a colour temperature between two, in kelvin, peak 1."""
     power = blackbody(WAVELENGTHS, rng.uniform(low, high))
     return power / power.max()
-
-
-# --- shapes and textures
 
 
 def fractal(rng: np.random.Generator, height: int, width: int, power: float) -> np.ndarray:

@@ -116,8 +116,6 @@ class RunState:
         if self.ranks.is_main:
             terminal.say(text)
 
-    # --- beginning
-
     def open_data(self, resume: Path | None, state: dict | None) -> None:
         """Loaders, the facts that a checkpoint says of their data, and the loss; ranks meet."""
         cfg, ranks = self.cfg, self.ranks
@@ -203,8 +201,6 @@ class RunState:
             desc="train",
         )
 
-    # --- between steps
-
     def log_progress(self) -> None:
         """A line of metrics.jsonl and the bar's text; the only place that waits for the device."""
         loss, error, count = self.ranks.sum(self.totals).tolist()
@@ -232,8 +228,6 @@ class RunState:
             return False, False
         stop, save = self.ranks.any(self.stop.requested, due)
         return stop, save
-
-    # --- validation
 
     def validate(self) -> bool:
         """Where due, score frames with the averaged weights, keep the best; False when stopped."""
@@ -282,8 +276,6 @@ class RunState:
 
     def averaged_model(self) -> nn.Module:
         return self.model if self.average is None else self.average.module
-
-    # --- files
 
     def save(self, name: str) -> None:
         """Write a checkpoint with all that a bit-exact resume needs; every rank takes part."""
