@@ -5,8 +5,6 @@ cube_files uses this room.
         cube = arrays[pick_key(arrays, None, path)]
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -3,8 +3,6 @@
 Images are (B, H, W, C). Shapes: B batch, H W tokens, C channels, D head width.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -8,8 +8,6 @@ A thin layer over colour-science, which has the measured tables. It takes 0.7 s 
 imported where a table is needed.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ save_checkpoint("last.ckpt", state)
 state = read_checkpoint("last.ckpt")                  # or a .safetensors file, or bare weights
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ optimizers.
 Imports nothing of the project but terminal.py; see README.md for the scripts.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

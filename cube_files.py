@@ -5,8 +5,6 @@ cube = read_cube("scene.mat")                                 # (H, W, bands) fl
 write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, W) float32
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import io

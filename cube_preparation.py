@@ -5,8 +5,6 @@ no data filled, values a little outside [0, 1] clipped; and what of that was don
     cube, record, facts = prepare_cube(path, settings, rgb.shape)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -13,8 +13,6 @@ shows. A scene is written whole or not at all; the same command again carries on
 stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

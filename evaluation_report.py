@@ -6,8 +6,6 @@ The page is report_page/template.html with report_page/report.js; here its data 
 what the evaluation wrote: summaries, metrics/, hsi/, photos/ and scale/ of each model's folder.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -5,8 +5,6 @@ that fit the memory, and what a forward costs.
     cube, tile = predict(model, source, (height, width), PredictionOptions(), allocate)
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -16,8 +16,6 @@ On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLIC
 threads wait busily, and two trainers on two cores slow each other tenfold without it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

@@ -4,8 +4,6 @@ table = measured_reflectances()             # (n, 31), 400 to 700 nm
 power = measured_light("FL2")               # (31,), peak 1
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

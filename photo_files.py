@@ -3,8 +3,6 @@
 photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ this room.
     write_tiff(Path("leaf.tif"), cube, [400.0, 410.0])   # (bands, H, W)
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """How well a predicted cube explains the photo that it came from: rendered back, and compared."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ arrays, whole or patch by patch; and how a staged one is written.
     frame = StagedScenes(Path("data/staged"), "val").arrays(0)
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

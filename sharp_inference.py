@@ -17,8 +17,6 @@ For both models: the checkpoint says which. Cubes are written as the model gives
 is one line and exit code 2; the other inputs of a batch are still done.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import re

@@ -14,8 +14,6 @@ Features are (B, H, W, C). Shapes: B batch, H W pixels or tokens, C channels, h 
 D head width.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator

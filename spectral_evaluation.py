@@ -6,8 +6,6 @@ defined by the NTIRE 2022 spectral reconstruction challenge (run by the MST++ to
 on MRAE's denominator.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Images inside the models are (B, H, W, C): a pixel's channels are one row of a l
 and the image is a channels_last one to a convolution, with no copy between the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -14,8 +14,6 @@ With `neutral` light the cube is reflectance times shading times exposure instea
 light is the same in every band.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 the same in every script.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

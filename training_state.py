@@ -4,8 +4,6 @@ it is, validation, the lines that it says, and the files that it leaves.
     class Run(RunState): ...          # adds make_model, learnt, learn_from and the loop
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
