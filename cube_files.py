@@ -24,22 +24,12 @@ import h5py
 import numpy as np
 from einops import rearrange
 
+import raster_files
 import terminal
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
 from file_claims import open_image
-from raster_files import (
-    ENVI_SUFFIXES,
-    Facts,
-    envi_data_file,
-    envi_facts,
-    nanometres,
-    read_envi,
-    read_tiff,
-    tiff_facts,
-    to_values,
-    write_tiff,
-)
+from raster_files import ENVI_SUFFIXES, Facts, nanometres
 
 RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -254,9 +244,9 @@ def read_stored(
             stored = _read_band_images(path)
         elif suffix == ".hdr":
             axes = "hwc"
-            stored, facts = read_envi(path)
+            stored, facts = raster_files.read_envi(path)
         elif suffix in TIFF_SUFFIXES:
-            stored, stated, facts = read_tiff(path)
+            stored, stated, facts = raster_files.read_tiff(path)
             axes = axes or stated
         elif suffix == ".npy":
             # Mapped first: the size that its header claims is not taken on trust.
@@ -266,7 +256,7 @@ def read_stored(
                 array = arrays[pick_key(arrays, key, path)]
                 axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
                 facts = attribute_facts(array, path)
-                stored = to_values(array[()], facts)
+                stored = raster_files.to_values(array[()], facts)
         else:
             raise UserError(
                 f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images"
@@ -301,7 +291,7 @@ def cube_sources(path: Path) -> list[Path]:
     if path.is_dir():
         return band_images(path)
     if path.suffix.lower() == ".hdr":
-        return [path, envi_data_file(path)]
+        return [path, raster_files.envi_data_file(path)]
     return [path]
 
 
@@ -339,7 +329,7 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             _write_mat(file, cube, wavelengths)
         elif kind == "tiff":
             extra("tifffile")
-            write_tiff(file, cube, wavelengths)
+            raster_files.write_tiff(file, cube, wavelengths)
         else:
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
@@ -481,12 +471,12 @@ def read_wavelengths(path: str | Path, every: bool = False) -> list[float] | Non
         if path.is_dir():
             return FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
         if suffix == ".hdr":
-            facts = envi_facts(path)
+            facts = raster_files.envi_facts(path)
             bad = () if every else facts.bad
             nm = nanometres(facts, path)
             return None if nm is None else [nm[band] for band in range(len(nm)) if band not in bad]
         if suffix in TIFF_SUFFIXES:
-            return nanometres(tiff_facts(path), path)
+            return nanometres(raster_files.tiff_facts(path), path)
         if suffix in ARRAY_SUFFIXES:
             for values in band_arrays(path):
                 nm = nanometres(Facts(values), path)

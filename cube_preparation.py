@@ -12,18 +12,10 @@ from typing import Any
 
 import numpy as np
 
+import cube_files
 import terminal
 from common_utils_v32 import UserError
-from cube_files import (
-    FIELD_BANDS,
-    Facts,
-    check_wavelengths,
-    may_be_clipped,
-    outside,
-    read_stored,
-    read_wavelengths,
-    reading,
-)
+from cube_files import FIELD_BANDS, Facts, outside, reading
 
 MOST_DISTANCE = 20.0  # nm, from a wavelength to its band
 # A band or a range of them: 7, 3-12, 450-650nm, 449.5..701.2
@@ -34,7 +26,7 @@ def find_wavelengths(path: Path, bands: int, given: Sequence[str] | None) -> lis
     """Centres of all stored bands in nm: as given, as the file says, or aloud the field's."""
     if given:
         return _given_wavelengths(given, bands)
-    nm = read_wavelengths(path, every=True)
+    nm = cube_files.read_wavelengths(path, every=True)
     if nm is None and bands == len(FIELD_BANDS):
         terminal.say(
             f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths"
@@ -102,12 +94,12 @@ def prepare_cube(
     """A cube (H, W, bands) float32 as the settings ask for, not judged; what was done to it, for
     its record; and what its file says."""
     how = {"key": settings["cube_key"], "axes": settings["axes"], "rgb_shape": rgb_shape}
-    cube, facts = read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
+    cube, facts = cube_files.read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
     nm = _own_wavelengths(path, settings) or settings["stored_wavelengths"]
     if len(nm) != cube.shape[2]:
         raise UserError(f"{path}: {len(nm)} wavelengths of {cube.shape[2]} bands; mend them")
     kept = plan_bands(nm, settings["chosen_bands"], facts.bad)
-    check_wavelengths([nm[band] for band in kept], settings["wavelengths"], path)
+    cube_files.check_wavelengths([nm[band] for band in kept], settings["wavelengths"], path)
     if facts.factor != 1 and (settings["scale"] != 1 or settings["white"]):
         flag = "--white" if settings["white"] else "--scale"
         raise UserError(
@@ -128,7 +120,7 @@ def prepare_cube(
         cube[~np.isfinite(cube)] = settings["fill"]
         record["filled"] = {"pixels": pixels.sum(), "share": pixels.mean()}
         record["remarks"].append("pixels of no data filled (--fill), counted in index.json")
-    if settings["clip"] and may_be_clipped(cube) and outside(cube)[0] > 0:
+    if settings["clip"] and cube_files.may_be_clipped(cube) and outside(cube)[0] > 0:
         share, excess = outside(cube)
         cube = cube.clip(0, 1)
         record["clipped"] = {"share": share, "largest_excess": excess}
@@ -139,7 +131,7 @@ def prepare_cube(
 def _own_wavelengths(path: Path, settings: dict[str, Any]) -> list[float] | None:
     """What the file says of its bands; an unknown unit is passed over with --wavelengths."""
     try:
-        return read_wavelengths(path, every=True)
+        return cube_files.read_wavelengths(path, every=True)
     except UserError:
         if not settings["given_wavelengths"]:
             raise
@@ -168,7 +160,7 @@ def _reference(name: str, settings: dict[str, Any], shape: tuple[int, ...]) -> n
         with reading(path, "a reference"):
             average = np.atleast_2d(np.load(path).astype(np.float32))
     if average.ndim != 2:
-        stored, _ = read_stored(path, bands=shape[2])
+        stored, _ = cube_files.read_stored(path, bands=shape[2])
         average = stored.mean(axis=0, dtype=np.float64).astype(np.float32)
     if average.shape not in (shape[1:], (1, shape[2])):
         raise UserError(

@@ -20,26 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import cube_files
 import terminal
 from camera_colour import SRGB
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
 from compute_devices import Ranks, free_memory
-from cube_files import (
-    CUBE_SUFFIXES,
-    RGB_SUFFIXES,
-    StoredCube,
-    bands_known,
-    check_cube,
-    check_wavelengths,
-    find_stored_cube,
-    is_system_file,
-    read_cube,
-    read_rgb,
-    read_wavelengths,
-    read_window,
-    reading,
-    scene_name,
-)
+from cube_files import CUBE_SUFFIXES, RGB_SUFFIXES, is_system_file, read_cube, reading, scene_name
 from file_claims import open_image
 
 BLOCK_BYTES = 4 << 20  # of a file that are hashed at once
@@ -325,7 +311,7 @@ class StagedScenes(Scenes):
             self.entries = index["splits"].get(split, [])
             self.bands = index["bands"]
             self.settings = index.get("settings", {})
-            self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
+            self.wavelengths = cube_files.bands_known(index["wavelengths"], self.bands, path)
             self.rgb = _read_rgb_facts(index, path)
             for entry in self.entries:
                 check_scene_name(entry["name"], path)
@@ -376,7 +362,7 @@ class RawScenes(Scenes):
         self.bands = 0
         self.cube_paths: list[Path] = []
         self.rgb_paths: list[Path] = []
-        self.stored: dict[int, StoredCube] = {}  # the other scenes decode only as a whole
+        self.stored: dict[int, cube_files.StoredCube] = {}  # others decode as a whole
         self.images: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
         for name, cube_path, rgb_path in find_scenes(root)[split]:
             if cube_path is None:
@@ -395,15 +381,15 @@ class RawScenes(Scenes):
         with reading(rgb_path, "an RGB image"), open_image(rgb_path) as image:
             shape = (image.height, image.width)
         self.shapes.append(shape)
-        stored = find_stored_cube(path, self.key, self.axes, self.bands or None, shape)
+        stored = cube_files.find_stored_cube(path, self.key, self.axes, self.bands or None, shape)
         if stored is not None:
             self.stored[scene] = stored
             self.bands = stored.bands
         elif not self.bands:
             self.bands = self.arrays(scene).cube.shape[2]
-        nm = bands_known(read_wavelengths(path), self.bands, path)
+        nm = cube_files.bands_known(cube_files.read_wavelengths(path), self.bands, path)
         self.wavelengths = self.wavelengths or nm
-        check_wavelengths(nm, self.wavelengths, path)
+        cube_files.check_wavelengths(nm, self.wavelengths, path)
 
     def check_lazy(self) -> None:
         """UserError unless a patch of each scene can be read by itself."""
@@ -417,7 +403,7 @@ class RawScenes(Scenes):
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""
         if scene not in self.images:
-            rgb = read_rgb(self.rgb_paths[scene])
+            rgb = cube_files.read_rgb(self.rgb_paths[scene])
             kept = sum(image.nbytes for image, _ in self.images.values())
             while self.images and rgb.nbytes + kept > IMAGE_BYTES:
                 oldest, _ = self.images.pop(next(iter(self.images)))
@@ -429,7 +415,7 @@ class RawScenes(Scenes):
         path = self.cube_paths[scene]
         bands, shape = self.bands or None, self.shapes[scene]
         cube = read_cube(path, key=self.key, axes=self.axes, bands=bands, rgb_shape=shape)
-        check_cube(cube, path)
+        cube_files.check_cube(cube, path)
         return Frame(cube, *self.image(scene))
 
     def copy_patch(
@@ -439,8 +425,8 @@ class RawScenes(Scenes):
             return super().copy_patch(scene, top, left, cube, rgb)
         rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
         stored = self.stored[scene]
-        cube[...] = read_window(stored, rows, cols)
-        check_cube(cube, stored.path, constant_bands=False)
+        cube[...] = cube_files.read_window(stored, rows, cols)
+        cube_files.check_cube(cube, stored.path, constant_bands=False)
         image, rgb_range = self.image(scene)
         rgb[...] = image[rows, cols]
         return rgb_range

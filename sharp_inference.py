@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 import common_utils_v32 as common
+import spectral_evaluation
 import terminal
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
@@ -62,17 +63,7 @@ from model_export import export
 from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
 from photo_files import IMAGE_SUFFIXES, NOT_READ, read_photo
 from round_trip import check_rgb
-from spectral_evaluation import (
-    STRESS,
-    laplace_calibration,
-    mean_metrics,
-    report,
-    scene_bands,
-    scene_metrics,
-    stressed_photo,
-    summarise,
-    write_preview,
-)
+from spectral_evaluation import STRESS, laplace_calibration, report, scene_metrics, stressed_photo
 
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above, refuses twice this
 # What decoders raise for a file that they cannot read.
@@ -286,7 +277,7 @@ def write_pictures(
     height, width = rgb.shape[:2]
     points = [(int(x), int(y)) for x, y in (point.split(",") for point in args.points)]
     points = [(x, y) for x, y in points if x < width and y < height]
-    write_preview(target.with_suffix(""), cube, model.wavelengths, points)
+    spectral_evaluation.write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")
     write_cube_page(page, shallow, cube, model.wavelengths)
@@ -392,10 +383,10 @@ def evaluate_one(
     facts |= {"target_dtype": loader.scenes.dtype, "peak_memory_mb": peak / 2**20}
     rows = []
     for change in stressed[0]:
-        mean = mean_metrics([scene[change] for scene in stressed])
+        mean = spectral_evaluation.mean_metrics([scene[change] for scene in stressed])
         row = {"model": model.name, "change": change}
         rows.append(row | {key: mean[key] for key in ("mrae", "rmse", "sam")})
-    return summarise(records, facts, folder), rows
+    return spectral_evaluation.summarise(records, facts, folder), rows
 
 
 def check_bands(model: Loaded, wavelengths: list[float], data_root: str) -> None:
@@ -457,7 +448,7 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
     if args.stress:
         stress = {"as given": metrics} | score_stressed(model, scene, args)
     return record | {
-        "bands": scene_bands(cube, target, args.metric_floor),
+        "bands": spectral_evaluation.scene_bands(cube, target, args.metric_floor),
         "seconds": seconds,
         "tile": tile,
         "reliability": reliability,
