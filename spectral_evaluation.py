@@ -6,6 +6,8 @@ defined by the NTIRE 2022 spectral reconstruction challenge (run by the MST++ to
 on MRAE's denominator.
 """
 
+import csv
+import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -293,11 +295,10 @@ def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
 
 
 def _csv(rows: list[dict]) -> str:
-    lines = [",".join(rows[0])]
-    for row in rows:
-        cells = [f'"{value}"' if "," in str(value) else str(value) for value in row.values()]
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([list(rows[0]), *(list(row.values()) for row in rows)])
+    return text.getvalue()
 
 
 def markdown_table(rows: list[dict]) -> str:
