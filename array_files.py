@@ -136,7 +136,5 @@ def _collect_hdf5(name: str, item: h5py.Group | h5py.Dataset, found: dict[str, A
 
 def _is_numeric(item: h5py.Dataset) -> bool:
     """MATLAB stores text as uint16, logicals as uint8, of an empty array the size."""
-    kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode()
-    return kind.lstrip("u").startswith(("double", "single", "int")) and (
-        "MATLAB_empty" not in item.attrs
-    )
+    kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode().lstrip("u")
+    return kind.startswith(("double", "single", "int")) and "MATLAB_empty" not in item.attrs

@@ -189,9 +189,7 @@ def without_wrappers(weights: dict) -> dict:
     return {WRAPPERS.sub("", name): value for name, value in weights.items()}
 
 
-def build_model(
-    create: Callable[..., Model], config: dict, weights: dict, path: str | Path
-) -> Model:
+def build_model(make: Callable[..., Model], config: dict, weights: dict, path: str | Path) -> Model:
     """The model of a configuration, which may be a stranger's. UserError unless the weights are
     such a model's: it is made without memory first, as a configuration may ask for any amount."""
     try:
@@ -202,11 +200,11 @@ def build_model(
         if sum(config.get("depths") or ()) > len(weights):
             raise ValueError("it has more blocks than weights")
         with torch.device("meta"):
-            trial = create(**config)
+            trial = make(**config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied
             load_weights(trial, weights, path)
-        return create(**config)
+        return make(**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its configuration does not fit the model: {reason}") from None

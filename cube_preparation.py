@@ -45,12 +45,11 @@ def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
     if len(words) == 1 and not re.fullmatch(r"[\d.,]+", words[0]):
         with reading(Path(words[0]), "a list of wavelengths"):
             words = re.sub("#.*", "", Path(words[0]).read_text(encoding="utf-8-sig")).split()
+    text = " ".join(words)
     try:
-        values = [float(word) for word in re.split(r"[,;\s]+", " ".join(words)) if word]
+        values = [float(word) for word in re.split(r"[,;\s]+", text) if word]
     except ValueError:
-        raise UserError(
-            f"--wavelengths: {' '.join(words)[:60]}; give numbers in nm alone"
-        ) from None
+        raise UserError(f"--wavelengths: {text[:60]}; give numbers in nm alone") from None
     if len(values) not in (2, bands):
         raise UserError(
             f"--wavelengths: {len(values)} numbers for {bands} bands; give FIRST LAST or one a band"

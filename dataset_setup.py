@@ -366,9 +366,8 @@ def stage(args: argparse.Namespace) -> None:
         )
     if left:
         (root / "index.json").unlink(missing_ok=True)  # it speaks of files that will change
-    list(
-        run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging")
-    )
+    work = partial(stage_scene, root=root, settings=settings)
+    list(run_jobs(work, left, args.workers, "staging"))
     splits = {split: [common.read_json(path) for path in paths] for split, paths in records.items()}
     index = scene_folders.write_index(root, splits, settings, _source_camera(args))
     contact_sheet(root, index)

@@ -45,7 +45,7 @@ TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to 
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
 RGB_NORMS = ("per_image", "unit")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
-_computing = partial(opt, group="computing")
+_how = partial(opt, group="computing")
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
 Allocate = Callable[[int], np.ndarray]  # channels -> an array (channels, H, W) to fill
@@ -56,37 +56,31 @@ Tick = Callable[[float], Any]  # told of pixels that are done
 class LoadOptions:
     """What a checkpoint may not say; every field is a flag of sharp_inference.py."""
 
-    ema: bool = _computing(True, "averaged weights where there are any")
-    model: str | None = _computing(
-        None, "for a checkpoint that does not say", choices=tuple(FACTORIES)
-    )
-    model_size: str = _computing("base", "with --model")
-    model_options: str = _computing(
-        "{}", "with --model: other fields of its configuration, as JSON"
-    )
-    rgb_norm: str | None = _computing(None, "for a checkpoint that does not say", choices=RGB_NORMS)
-    rgb_encoding: str | None = _computing(
+    ema: bool = _how(True, "averaged weights where there are any")
+    model: str | None = _how(None, "for a checkpoint that does not say", choices=tuple(FACTORIES))
+    model_size: str = _how("base", "with --model")
+    model_options: str = _how("{}", "with --model: other fields of its configuration, JSON")
+    rgb_norm: str | None = _how(None, "for a checkpoint that does not say", choices=RGB_NORMS)
+    rgb_encoding: str | None = _how(
         None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
     )
-    mst_root: str | None = _computing(None, "a checkout of MST++, for its .pth files")
+    mst_root: str | None = _how(None, "a checkout of MST++, for its .pth files")
 
 
 @dataclass
 class PredictionOptions:
     """How a frame is predicted; every field is a flag of sharp_inference.py."""
 
-    patch_size: int | None = _computing(
+    patch_size: int | None = _how(
         None, "side of a tile; default the whole frame if it fits, else what fits"
     )
-    overlap: int | None = _computing(
+    overlap: int | None = _how(
         None, "pixels that neighbouring tiles share; default a quarter of the tile"
     )
-    batch_size: int = _computing(1, "tiles in one forward")
-    memory_gb: float | None = _computing(
-        None, "for activations and output; default half of what is free"
-    )
-    amp: bool = _computing(False, "bfloat16 autocast")
-    ensemble: bool = _computing(False, "mean of the 8 views by rotation and flip")
+    batch_size: int = _how(1, "tiles in one forward")
+    memory_gb: float | None = _how(None, "for activations and output; default half of the free")
+    amp: bool = _how(False, "bfloat16 autocast")
+    ensemble: bool = _how(False, "mean of the 8 views by rotation and flip")
 
 
 @dataclass
@@ -161,9 +155,7 @@ def _split_name(spec: str) -> tuple[str, str]:
     return name or file.stem, path
 
 
-def _identify(
-    checkpoint: dict, state: dict, path: str, options: LoadOptions
-) -> tuple[str, dict[str, Any]]:
+def _identify(checkpoint: dict, state: dict, path: str, options: LoadOptions) -> tuple[str, dict]:
     """Which model a checkpoint holds, and its configuration."""
     kind = checkpoint["model"] or options.model
     config = dict(checkpoint["model_config"] or {})

@@ -201,9 +201,7 @@ class WindowAttention(nn.Module):
     def whole_frame(self, x: Tensor) -> Tensor:
         """Dense, or sparse by exact top-k."""
         batch, height, width, _ = x.shape
-        q, k, v = rearrange(
-            self.qkv(x), "b y x (n h d) -> n b h (y x) d", n=3, h=self.heads
-        ).unbind()
+        q, k, v = rearrange(self.qkv(x), "b y x (n h d) -> n b h (y x) d", n=3, h=self.heads)
         if self.use_rope:
             table = rotary_table(height, width, self.head_dim, x.device)
             q, k = rotate(q, table), rotate(k, table)

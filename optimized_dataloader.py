@@ -18,7 +18,7 @@ import shutil
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -469,8 +469,7 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
     """The patches of `mix_root`, if any. UserError where its scenes are not of the same kind."""
     if config.mix_root is None:
         return None
-    other = DataConfig(**{field.name: getattr(config, field.name) for field in fields(DataConfig)})
-    other.data_root, other.mix_root = config.mix_root, None
+    other = replace(config, data_root=config.mix_root, mix_root=None)
     mixed = PatchDataset(_training_scenes(other), other)
     for what, mine, theirs in (
         ("bands", scenes.wavelengths, mixed.scenes.wavelengths),

@@ -82,9 +82,8 @@ UNREADABLE = (
 HALF_A_BAND = 5  # nm, of ARAD-1K: how far wavelengths of model and data may differ
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
-files, computing, scoring = (
-    partial(opt, group=group) for group in ("files", "computing", "scoring")
-)
+files, computing = partial(opt, group="files"), partial(opt, group="computing")
+scoring = partial(opt, group="scoring")
 
 
 @dataclass
@@ -154,9 +153,7 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
             raise ValueError("--input and --export take one --checkpoint")
 
 
-def photo_source(
-    rgb: np.ndarray, rgb_norm: str, encoding: str = "linear"
-) -> tuple[Source, int, int]:
+def photo_source(rgb: np.ndarray, norm: str, encoding: str = "linear") -> tuple[Source, int, int]:
     """A reader of tiles of rgb (H, W, 3) in linear light and in the training normalisation, and its
     range: the whole image's, never a tile's."""
     low, high = int(rgb.min()), int(rgb.max())
@@ -164,7 +161,7 @@ def photo_source(
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
         light, dark, bright = decode_light(np.array(rgb[y0:y1, x0:x1]), low, high, encoding)
         release(rgb)
-        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), rgb_norm, dark, bright)
+        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), norm, dark, bright)
 
     return source, low, high
 

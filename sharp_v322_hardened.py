@@ -460,13 +460,12 @@ class SHARPv32Trainer:
         """Add one batch's part of the gradients; ranks exchange them with the last one.
 
         -> (loss, error), each times the batch's share of the step."""
+        amp = self.amp_dtype
         keep_apart: AbstractContextManager = nullcontext()
         if self.distributed is not None and not last:
             keep_apart = self.distributed.no_sync()
         with keep_apart:
-            with torch.autocast(
-                self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
-            ):
+            with torch.autocast(self.device.type, amp, enabled=amp is not None):
                 cube = self.wrapped(rgb)
             error = self.loss_fn(cube.float(), target)
             loss = error + self.model.auxiliary_loss()

@@ -362,9 +362,7 @@ class SpectralHead(nn.Module):
         guide = depth_to_space(self.guide(features), *rgb.shape[1:3])
         pixels = F.gelu(self.pixel_in(colour) + guide)
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        with torch.autocast(
-            rgb.device.type, enabled=False
-        ):  # this sum decides the error of the dark
+        with torch.autocast(rgb.device.type, enabled=False):  # it decides the error of the dark
             pixels, rgb = pixels.to(self.basis.dtype), rgb.to(self.basis.dtype)
             outputs = [self._spectra(rgb, pixels)]
             if self.scale is not None:

@@ -326,10 +326,9 @@ def check_progress(state: dict, needed: tuple[str, ...], iterations: int, path: 
     kinds |= dict.fromkeys(("epoch", "iteration", "step", "validated"), int)
     kinds["best"] = (int, float)
     for key, kind in kinds.items():
-        if not isinstance(state[key], kind) or (kind is int and state[key] < -1):
-            raise UserError(
-                f"--resume_from {path}: damaged, its {key} cannot be {state[key]!r:.40}"
-            )
+        value = state[key]
+        if not isinstance(value, kind) or (kind is int and value < -1):
+            raise UserError(f"--resume_from {path}: damaged, its {key} cannot be {value!r:.40}")
     if state["iteration"] > iterations:
         raise UserError(
             f"--resume_from {path}: stands at iteration {state['iteration']} of an epoch that now "

@@ -23,10 +23,12 @@ import terminal
 import training_runs as runs
 from checkpoint_files import load_weights, restoring, save_weights
 from common_utils_v32 import UserError
+from compute_devices import Ranks
 from evaluation_report import write_run_figure
 from frame_prediction import predict_frame
 from optimized_dataloader import MSTPlusPlusLoss, create_optimized_dataloaders
 from spectral_evaluation import scene_figure, scene_metrics, validation_record
+from training_runs import RunFolder
 
 # How far a run is: attributes that a checkpoint keeps.
 PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")
@@ -75,9 +77,7 @@ class RunState:
     lr: float  # of the last step
     norm: Tensor  # of its gradients
 
-    def __init__(
-        self, cfg: Any, ranks: devices.Ranks, device: torch.device, folder: runs.RunFolder
-    ) -> None:
+    def __init__(self, cfg: Any, ranks: Ranks, device: torch.device, folder: RunFolder) -> None:
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
         self.stop = runs.StopSignal()
         resume, state = folder.resume(cfg.resume_from)
@@ -358,10 +358,10 @@ def run_trainer(settings: type, run: type[RunState], description: str | None) ->
     cfg = common.parse_dataclass(settings, description=description or "")
     devices.prepare_cuda(cfg.deterministic)
     devices.use_threads(cfg.threads)
-    ranks = devices.Ranks.announced()
+    ranks = Ranks.announced()
     device = devices.resolve_device(cfg.device, ranks.local_rank)
     with devices.errors_in_one_line(device):
-        folder = runs.RunFolder.of(cfg.output_dir, cfg.experiment_name)
+        folder = RunFolder.of(cfg.output_dir, cfg.experiment_name)
         code = run(cfg, ranks, device, folder).train()
     ranks.leave()
     return code
