@@ -30,9 +30,8 @@ def rotary_table(height: int, width: int, dim: int, device: torch.device | None 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept.
-
-    Whole rows are multiplied: to cut them into halves first takes five times as long."""
+    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept. Whole
+    rows are multiplied: to cut them into halves first takes five times as long."""
     cosines, signed_sines = table.to(x.dtype)
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), signed_sines)
 
@@ -73,9 +72,8 @@ def _merge_axis(x: Tensor, stride: int) -> Tensor:
 
 
 def add_windows(x: Tensor, stride: int) -> Tensor:
-    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D).
-
-    The sum over the windows that cover a token; H and W reach as far as the windows do."""
+    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D). The sum over the
+    windows that cover a token; H and W reach as far as the windows do."""
     groups, batch, rows, columns, window = x.shape[:5]
     x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
     x = _merge_axis(x, stride)  # B, rows of tokens, (columns, window, groups, D)

@@ -108,7 +108,6 @@ def distribute(model: nn.Module, device: torch.device) -> DistributedDataParalle
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """auto, cpu, cuda or cuda:N -> device; plain cuda under torchrun is the local rank's card.
-
     UserError for other names, and for a card that is not there, too old, or without a driver."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -150,9 +150,8 @@ class ChannelRMSNorm(nn.Module):
 
 
 class RBFProjection(nn.Module):
-    """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys.
-
-    At the start each is about 0.14."""
+    """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys. At the start each is
+    about 0.14."""
 
     def __init__(self, heads: int, width: int, centers: int, key_mode: str) -> None:
         super().__init__()
@@ -174,9 +173,8 @@ class RBFProjection(nn.Module):
         return [(x @ weight - offset).clamp_max(0).exp() for x in xs]
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, N, D) -> (B, h, N, centers), whose product is the score.
-
-        Both are normalised, or a few keys would win everywhere."""
+        """(B, h, N, D) -> (B, h, N, centers), whose product is the score. Both are normalised, or a
+        few keys would win everywhere."""
         q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
         k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
         if self.key_mode == "none":
@@ -327,9 +325,8 @@ class SHARPv32(nn.Module):
         )
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """(B, in, H, W) in any memory layout -> (B, out, H, W) float32.
-
-        ValueError for a wrong number of channels or too small an image."""
+        """(B, in, H, W) in any memory layout -> (B, out, H, W) float32. ValueError for a wrong
+        number of channels or too small an image."""
         check_image(rgb, self.config.in_channels, self.config.min_input_size)
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
         colour = colour_features(x)

@@ -375,9 +375,8 @@ def _block_attention(
     block_size: int,
     q_block_size: int,
 ) -> Tensor:
-    """Whole blocks of keys for a block of queries, chosen by the product of their means.
-
-    To choose takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
+    """Whole blocks of keys for a block of queries, chosen by the product of their means. To choose
+    takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[0]
     # Small enough that a tenth of the blocks is a choice.
     size = min(block_size, max(ROW_GROUP, min(64, keys // 32)))

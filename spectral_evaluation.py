@@ -242,9 +242,8 @@ def stressed_photo(
     camera: str = "analytic",
     **recipe: Any,
 ) -> np.ndarray:
-    """The photo (H, W, 3) uint8 of a scene's cube (H, W, bands), made again with one of STRESS.
-
-    The mean signal is `exposure` times `mean_signal` of full scale; `name` seeds the noise."""
+    """The photo (H, W, 3) uint8 of a scene's cube (H, W, bands), made again with one of STRESS. The
+    mean signal is `exposure` times `mean_signal` of full scale; `name` seeds the noise."""
     response = camera_response(camera, wavelengths)
     gain = exposure * mean_signal / float((cube @ response).mean())
     rng = np.random.default_rng(zlib.crc32(name.encode()))

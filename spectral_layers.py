@@ -31,7 +31,6 @@ BASIS_WEIGHT = 0.01  # of the loss that keeps those spectra smooth and orthonorm
 
 class DropPath(nn.Module):
     """Drops a residual branch per sample with probability p, and scales the rest by 1 / (1 - p).
-
     Stochastic depth, Huang et al. 2016."""
 
     def __init__(self, p: float = 0.0) -> None:
@@ -232,9 +231,8 @@ class CameraConsistency(nn.Module):
 
     @torch.no_grad()
     def fit(self, rgb: Tensor, cube: Tensor) -> None:
-        """Estimate the camera's smooth response and its noise.
-
-        rgb (B, in, h, w) and cube (B, out, h, w), as in training."""
+        """Estimate the camera's smooth response and its noise. rgb (B, in, h, w) and cube (B, out,
+        h, w), as in training."""
         response = self._fit_response(rgb, cube)
         bands = response.shape[1]
         place = torch.arange(bands, dtype=response.dtype, device=rgb.device) * (31 / bands)
@@ -250,9 +248,8 @@ class CameraConsistency(nn.Module):
         self.noise.copy_(noise[:, None] / (self.PRIOR**2 * variance / variance.mean()))
 
     def _fit_response(self, rgb: Tensor, cube: Tensor) -> Tensor:
-        """The smooth linear response (in, out) that makes rgb of cube, in float64.
-
-        Pixels weigh by 1 / brightness, as a relative error does."""
+        """The smooth linear response (in, out) that makes rgb of cube, in float64. Pixels weigh by
+        1 / brightness, as a relative error does."""
         bands = cube.shape[1]
         x = rearrange(rgb.detach(), "b c h w -> (b h w) c")
         y = rearrange(cube.detach(), "b c h w -> (b h w) c")
@@ -385,9 +382,8 @@ class SpectralHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, rgb: Tensor, cube: Tensor) -> None:
-        """Set the direct path to the linear map of least relative error, and learn the camera.
-
-        rgb (B, in, h, w) and cube (B, out, h, w), both as in training."""
+        """Set the direct path to the linear map of least relative error, and learn the camera. rgb
+        (B, in, h, w) and cube (B, out, h, w), both as in training."""
         self.consistency.fit(rgb, cube)
         weight, bias = fit_linear_spectral_path(rgb, cube)
         self.direct.weight.copy_(weight)
