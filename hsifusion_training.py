@@ -29,13 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common_utils_v32 as common
 import compute_devices as devices
+import hsifusion_v252_complete as hsifusion
 from common_utils_v32 import opt
-from hsifusion_v252_complete import (
-    SIZES,
-    LightningProConfig,
-    create_hsifusion_lightning_pro,
-    laplace_nll,
-)
+from hsifusion_v252_complete import SIZES, LightningProConfig
 from optimized_dataloader import DataConfig, prepare_batch
 from training_state import RunState, complete_settings, run_trainer
 
@@ -122,7 +118,8 @@ class Run(RunState):
         cfg, device = self.cfg, self.device
         # The same weights on every rank: DDP broadcasts rank 0's, which start at the linear path.
         common.seed_everything(cfg.seed)
-        self.model = self.create(create_hsifusion_lightning_pro, LightningProConfig).to(device)
+        model = self.create(hsifusion.create_hsifusion_lightning_pro, LightningProConfig)
+        self.model = model.to(device)
         self.place_weights(self.model, state, resume)
         if self.model.config.use_channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -213,7 +210,7 @@ class Run(RunState):
             error = self.loss_fn(pred, cube)
             loss = error + self.model.auxiliary_loss()
             if scale is not None:
-                loss = loss + LIKELIHOOD_WEIGHT * laplace_nll(pred, scale, cube)
+                loss = loss + LIKELIHOOD_WEIGHT * hsifusion.laplace_nll(pred, scale, cube)
         self.scaler.scale(loss / group).backward()
         found = torch.stack([loss, error, torch.ones_like(error)]).detach()
         self.totals += found.where(found.isfinite().all(), 0)  # else the step is skipped

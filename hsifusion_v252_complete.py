@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import spectral_layers as layers
 from attention_windows import (
     add_windows,
     along_axis,
@@ -39,20 +40,7 @@ from attention_windows import (
 from checkpoint_files import build_from_checkpoint
 from common_utils_v32 import opt
 from sparse_attention import sparse_attention_topk_streaming
-from spectral_layers import (
-    BASIS_WEIGHT,
-    DropPath,
-    PixelConv,
-    SpectralAttention,
-    SpectralHead,
-    check_image,
-    colour_channels,
-    colour_features,
-    depth_to_space,
-    in_strips,
-    row_strips,
-    space_to_depth,
-)
+from spectral_layers import DropPath, PixelConv, SpectralAttention, SpectralHead, in_strips
 
 SIZES = {
     "tiny": {"base_channels": 48, "depths": (1, 2, 2), "num_heads": (2, 2, 4)},
@@ -158,7 +146,7 @@ class WindowAttention(nn.Module):
     def windows(self, x: Tensor) -> Tensor:
         """In windows, strip by strip of them where no gradient is recorded."""
         (height, width), (window, stride) = x.shape[1:3], (self.window, self.stride)
-        first_strip, _ = row_strips(x, 4 * self.heads * self.head_dim)[0]
+        first_strip, _ = layers.row_strips(x, 4 * self.heads * self.head_dim)[0]
         if first_strip.stop >= height:
             total = self.sum_over_windows(x)[:, :height, :width]
         else:
@@ -352,7 +340,7 @@ class HSIFusionNet(nn.Module):
         blocks = sum(encoder_depths) + sum(decoder_depths)
         drop_rates = (config.drop_path * i / (blocks - 1) for i in range(blocks))
 
-        colours = colour_channels(config.in_channels)
+        colours = layers.colour_channels(config.in_channels)
         self.stem = nn.Linear(4 * colours, widths[0])
         self.stem_mix = depthwise(config, widths[0])
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
@@ -390,9 +378,9 @@ class HSIFusionNet(nn.Module):
 
         ValueError for a wrong number of channels or too small an image."""
         config = self.config
-        check_image(rgb, config.in_channels, config.min_input_size)
+        layers.check_image(rgb, config.in_channels, config.min_input_size)
         x = rgb.permute(0, 2, 3, 1).contiguous()
-        colour = colour_features(x)
+        colour = layers.colour_features(x)
         outputs = [y.permute(0, 3, 1, 2) for y in self.head(x, colour, self.trunk(colour))]
         if not config.use_channels_last:
             outputs = [y.contiguous() for y in outputs]
@@ -401,7 +389,7 @@ class HSIFusionNet(nn.Module):
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
         width = self.stem.out_features
-        x = in_strips(lambda x: self.stem(space_to_depth(x)), colour, channels=width)
+        x = in_strips(lambda x: self.stem(layers.space_to_depth(x)), colour, channels=width)
         x = in_strips(lambda x: x + self.stem_mix(x), x, channels=width, halo=1)
         skips = []
         for level, stage in enumerate(self.encoder):
@@ -411,14 +399,14 @@ class HSIFusionNet(nn.Module):
             x = self.run(stage, x)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
-            x = depth_to_space(self.up[step](x), *skip.shape[1:3])
+            x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
             if self.config.use_cross_attention:
                 x = self.cross[step](x, skip)
             x = self.run(stage, self.fuse[step](torch.cat([x, skip], dim=-1)))
         return x
 
     def _halve(self, x: Tensor, down: nn.Module) -> Tensor:
-        return in_strips(lambda x: down(space_to_depth(x)), x, channels=2 * x.shape[3])
+        return in_strips(lambda x: down(layers.space_to_depth(x)), x, channels=2 * x.shape[3])
 
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """The blocks of a stage in turn."""
@@ -435,7 +423,7 @@ class HSIFusionNet(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """What keeps the head's spectra smooth, and the experts' balancing loss, weighted."""
-        loss = BASIS_WEIGHT * self.head.basis_loss()
+        loss = layers.BASIS_WEIGHT * self.head.basis_loss()
         balances = []
         for module in self.modules():
             if isinstance(module, MixtureOfExperts) and module.balance is not None:

@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 import common_utils_v32 as common
+import frame_prediction as prediction
 import spectral_evaluation
 import terminal
 from camera_colour import encode_srgb
@@ -45,20 +46,7 @@ from common_utils_v32 import UserError, opt
 from compute_devices import Ranks, prepare_cuda, resolve_device, use_threads
 from cube_files import WRITTEN, allocate_array, is_system_file, release, write_cube
 from evaluation_report import write_cube_page, write_report
-from frame_prediction import (
-    MAX_TILE,
-    MIN_SIDE,
-    SHIPPED_WEIGHTS,
-    Loaded,
-    LoadOptions,
-    PredictionOptions,
-    Source,
-    in_memory,
-    load_model,
-    macs_256,
-    peak_bytes,
-    predict,
-)
+from frame_prediction import Loaded, LoadOptions, PredictionOptions, Source, load_model, predict
 from model_export import export
 from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
 from photo_files import IMAGE_SUFFIXES, NOT_READ, read_photo
@@ -124,9 +112,9 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
 
     def __post_init__(self) -> None:
         self._check_what_to_do()
-        tile = MAX_TILE if self.patch_size is None else self.patch_size
-        if tile < MIN_SIDE:
-            raise ValueError(f"--patch_size {tile}: at least {MIN_SIDE}")
+        tile = prediction.MAX_TILE if self.patch_size is None else self.patch_size
+        if tile < prediction.MIN_SIDE:
+            raise ValueError(f"--patch_size {tile}: at least {prediction.MIN_SIDE}")
         if self.overlap is not None and not 0 <= self.overlap < tile:
             raise ValueError(f"--overlap {self.overlap}: from 0 to less than --patch_size")
         if self.metric_floor <= 0:
@@ -144,7 +132,7 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
         if not self.checkpoint:
             if scores or self.export:
                 raise ValueError("--checkpoint is missing")
-            self.checkpoint = [str(SHIPPED_WEIGHTS)]
+            self.checkpoint = [str(prediction.SHIPPED_WEIGHTS)]
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
         if (self.input or scores) and not self.output:
@@ -173,9 +161,10 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     (`model.encoding`). ValueError for any other array."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}")
-    size, options = (rgb.shape[0], rgb.shape[1]), PredictionOptions()
+    size = (rgb.shape[0], rgb.shape[1])
     source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
-    cube, _ = predict(model, source, size, options, in_memory(size), channels=model.bands)
+    options, allocate = PredictionOptions(), prediction.in_memory(size)
+    cube, _ = predict(model, source, size, options, allocate, channels=model.bands)
     return cube, model.wavelengths
 
 
@@ -258,8 +247,8 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             name = target.with_name(f"{target.stem}_round_trip.png")
             picture = name if args.preview else None
             remarks.append(check_rgb(model, light, cube, lambda: predicted()[0], picture))
-    if min(height, width) < MIN_SIDE:
-        remarks.append(f"mirrored up to {MIN_SIDE} px")
+    if min(height, width) < prediction.MIN_SIDE:
+        remarks.append(f"mirrored up to {prediction.MIN_SIDE} px")
     seconds = time.perf_counter() - start
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
@@ -370,7 +359,7 @@ def evaluate_one(
     for scene in terminal.bar(loader, desc=model.name, unit="scene"):
         if not peak:  # this forward also warms up, so that the first one timed is like the others
             corner = scene.rgb[..., : args.patch_size, : args.patch_size]
-            peak = peak_bytes(model, corner, args)
+            peak = prediction.peak_bytes(model, corner, args)
         mine.append(score(model, scene, args, folder))
     records = sorted(ranks.gather_lists(mine), key=lambda record: record["scene_id"])
     if not ranks.is_main:
@@ -413,7 +402,7 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
         lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1],
         (height, width),
         args,
-        in_memory((height, width)),
+        prediction.in_memory((height, width)),
         patch=patch,
     )
     return torch.from_numpy(out), None if tile >= longer else tile
@@ -491,13 +480,13 @@ def describe(model: Loaded, args: Settings) -> dict:
         "metric_floor": args.metric_floor,
         "wavelengths": model.wavelengths,
         "parameters": sum(p.numel() for p in model.module.parameters()),
-        "macs_256": macs_256(model, args),
+        "macs_256": prediction.macs_256(model, args),
     }
 
 
 def _place(model: Loaded) -> str:
     """Where a model comes from, in words."""
-    if Path(model.path) == SHIPPED_WEIGHTS:
+    if Path(model.path) == prediction.SHIPPED_WEIGHTS:
         return "the weights that ship, trained on synthetic sRGB photos"
     return model.path
 

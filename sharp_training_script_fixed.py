@@ -26,15 +26,10 @@ from torch import nn
 
 import common_utils_v32 as common
 import compute_devices as devices
+import sharp_v322_hardened as sharp
 from common_utils_v32 import opt
 from optimized_dataloader import DataConfig, prepare_batch
-from sharp_v322_hardened import (
-    COMPILE_MODES,
-    SIZES,
-    SHARPv32Config,
-    SHARPv32Trainer,
-    create_sharp_v32,
-)
+from sharp_v322_hardened import COMPILE_MODES, SIZES, SHARPv32Config, SHARPv32Trainer
 from training_state import RunState, complete_settings, run_trainer
 
 MODEL = "sharp"
@@ -117,7 +112,7 @@ class Run(RunState):
         # The same weights on every rank: DDP broadcasts rank 0's, which start at the linear path.
         common.seed_everything(cfg.seed)
         skip = ("compile_mode",)  # the trainer compiles, not the engine
-        self.model = self.create(create_sharp_v32, SHARPv32Config, skip).to(device)
+        self.model = self.create(sharp.create_sharp_v32, SHARPv32Config, skip).to(device)
         self.place_weights(self.model, state, resume)
         if cfg.use_channels_last:
             self.model.to(memory_format=torch.channels_last)

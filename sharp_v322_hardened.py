@@ -28,22 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import spectral_layers as layers
 from checkpoint_files import build_from_checkpoint
 from common_utils_v32 import decay_groups, make_average, make_scaler, opt, restore
 from sparse_attention import SPARSE_MODES, odd_side, sparse_attention_topk_streaming
-from spectral_layers import (
-    BASIS_WEIGHT,
-    DropPath,
-    PixelConv,
-    SpectralAttention,
-    SpectralHead,
-    check_image,
-    colour_channels,
-    colour_features,
-    depth_to_space,
-    in_strips,
-    space_to_depth,
-)
+from spectral_layers import DropPath, PixelConv, SpectralAttention, SpectralHead, in_strips
 
 SIZES = {
     "tiny": {"base_dim": 48, "depths": (1, 2, 2), "heads": (1, 1, 2), "rbf_centers_per_head": 24},
@@ -89,7 +78,7 @@ class SHARPv32Config:
     sparsemax_pad_value: float | None = _sparse(None, "sparsemax score off the frame; none masks")
     non_negative: bool = _model(True, "clamp the cube at 0, gradients pass")
     basis_weight: float = _model(
-        BASIS_WEIGHT, "weight of the loss of spectra not smooth, orthonormal"
+        layers.BASIS_WEIGHT, "weight of the loss of spectra not smooth, orthonormal"
     )
     compile_mode: str | None = _model(
         None, "of torch.compile; where given, the step engine compiles", choices=COMPILE_MODES
@@ -294,7 +283,7 @@ class SHARPv32(nn.Module):
         blocks = sum(encoder_depths) + sum(decoder_depths)
         drop_rates = (config.drop_path_rate * i / (blocks - 1) for i in range(blocks))
 
-        self.stem = nn.Linear(4 * colour_channels(config.in_channels), dims[0])
+        self.stem = nn.Linear(4 * layers.colour_channels(config.in_channels), dims[0])
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
         for level, depth in enumerate(encoder_depths):
             if level > 0:
@@ -327,24 +316,24 @@ class SHARPv32(nn.Module):
     def forward(self, rgb: Tensor) -> Tensor:
         """(B, in, H, W) in any memory layout -> (B, out, H, W) float32. ValueError for a wrong
         number of channels or too small an image."""
-        check_image(rgb, self.config.in_channels, self.config.min_input_size)
+        layers.check_image(rgb, self.config.in_channels, self.config.min_input_size)
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
-        colour = colour_features(x)
+        colour = layers.colour_features(x)
         (cube,) = self.head(x, colour, self.trunk(colour))
         return cube.permute(0, 3, 1, 2)
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        x = self.stem(space_to_depth(colour))
+        x = self.stem(layers.space_to_depth(colour))
         skips = []
         for level, stage in enumerate(self.encoder):
             if level > 0:
                 skips.append(x)
-                x = self.down[level - 1](space_to_depth(x))
+                x = self.down[level - 1](layers.space_to_depth(x))
             x = self.run(stage, x)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
-            x = depth_to_space(self.up[step](x), *skip.shape[1:3])
+            x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
             x = self.run(stage, self.fuse[step](x, skip))
         return x
 
