@@ -72,8 +72,7 @@ def _merge_axis(x: Tensor, stride: int) -> Tensor:
 
 
 def add_windows(x: Tensor, stride: int) -> Tensor:
-    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D). The sum over the
-    windows that cover a token; H and W reach as far as the windows do."""
+    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D): sums of windows."""
     groups, batch, rows, columns, window = x.shape[:5]
     x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
     x = _merge_axis(x, stride)  # B, rows of tokens, (columns, window, groups, D)
@@ -104,8 +103,7 @@ def _kept(
 def along_axis(
     build: Callable[..., Tensor], side: int, window: int, stride: int, device: torch.device
 ) -> Tensor:
-    """`build(side, window, stride, device)`, kept from block to block where no graph is traced: to
-    build it takes a dozen launches."""
+    """`build(side, window, stride, device)`, kept from block to block where no graph is traced."""
     make = build if torch.compiler.is_compiling() else partial(_kept, build)
     return make(side, window, stride, device)
 

@@ -223,8 +223,7 @@ def restoring(path: str | Path) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
-    """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
-    put before names are dropped."""
+    """load_state_dict, names without DDP's and torch.compile's prefixes; one-line UserErrors."""
     try:
         model.load_state_dict(without_wrappers(weights))
     except RuntimeError as error:

@@ -169,8 +169,7 @@ def prepare_cuda(deterministic: bool = False) -> None:
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch compute with this many threads on a CPU; None leaves it at OMP_NUM_THREADS or all
-    cores. UserError where it is below 1."""
+    """Let torch compute with so many threads; None: as it would. UserError below 1."""
     if count is not None and count < 1:
         raise UserError(f"--threads {count}: give 1 or more")
     if count is not None:
@@ -282,8 +281,7 @@ def free_memory() -> float:
 def cgroup_free(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Bytes left under the tightest memory limit on this process, cgroup v1 or v2; inf without
-    one. File cache counts as free."""
+    """Bytes left under the tightest memory limit, cgroup v1 or v2, file cache included; or inf."""
     free = math.inf
     if not membership.exists():
         return free
@@ -313,8 +311,7 @@ def _free_in(folder: Path, limit: str, usage: str, cache: str) -> float:
 
 
 def free_cuda_memory(device: torch.device) -> float:
-    """Bytes of a card's memory that this process may still take: what the driver has, and what
-    torch keeps for itself without using it."""
+    """Bytes of a card's memory that are free, or torch's own without being used."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -100,8 +100,7 @@ def extra(module: str) -> ModuleType:
 
 
 def allocate_array(shape: tuple[int, ...], dtype: type, work: Path, copies: int = 1) -> np.ndarray:
-    """An empty array: in memory when it is small, else mapped to a file in `work`, on a disk that
-    is to hold so many copies of it."""
+    """An empty array in memory, a big one mapped to a file in `work`, where `copies` of it fit."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= MAPPED_BYTES:
         return np.empty(shape, dtype)
@@ -352,8 +351,7 @@ def find_stored_cube(
     bands: int | None,
     rgb_shape: tuple[int, ...] | None,
 ) -> StoredCube | None:
-    """What read_window needs, nothing decoded; None for a file that only decodes as a whole. The
-    hints and errors are those of read_cube."""
+    """What read_window needs, nothing decoded; None for a file that decodes as a whole alone."""
     with reading(path, "a hyperspectral cube"):
         if not h5py.is_hdf5(path):
             return None

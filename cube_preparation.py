@@ -90,8 +90,7 @@ def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[
 def prepare_cube(
     path: Path, settings: dict[str, Any], rgb_shape: tuple[int, ...] | None
 ) -> tuple[np.ndarray, dict[str, Any], Facts]:
-    """A cube (H, W, bands) float32 as the settings ask for, not judged; what was done to it, for
-    its record; and what its file says."""
+    """A cube (H, W, bands) float32 as asked for, not judged; its record; what its file says."""
     how = {"key": settings["cube_key"], "axes": settings["axes"], "rgb_shape": rgb_shape}
     cube, facts = cube_files.read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
     nm = _own_wavelengths(path, settings) or settings["stored_wavelengths"]

@@ -144,8 +144,7 @@ def collect_scenes(args: argparse.Namespace) -> list[Job]:
 
 
 def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any]:
-    """What the staged files depend on; bands and wavelengths as in the first scene (with
-    --verify-only the first that is readable)."""
+    """What the staged files depend on; bands and wavelengths as in the first scene."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.rgb_encoding is None:
         camera = args.camera if args.render_rgb else _source_camera(args)
@@ -177,8 +176,7 @@ def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, in
 
 
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
-    """Take the output folder if it is new, empty, or was begun with these settings (kept in
-    `path`), and `needed` bytes fit."""
+    """Take the output folder if it is new or begun with these settings, and `needed` bytes fit."""
     for folder in (root, *root.glob("*")):
         common.remove_leftovers(folder)
     files = [file for file in root.rglob("*") if file.is_file()]
@@ -228,8 +226,7 @@ def is_rendered(scene: Scene, settings: dict[str, Any]) -> bool:
 def load_scene(
     scene: Scene, settings: dict[str, Any]
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any], Facts | None]:
-    """Cube (H, W, bands) float32 as the settings ask for, not judged, and RGB (H, W, 3), rendered
-    where they ask for it; what was done to the cube, and what its file says."""
+    """Cube (H, W, bands) float32 as asked for, not judged, RGB (H, W, 3), record, file facts."""
     check_files(scene, settings["render_rgb"])
     rgb = None
     if not is_rendered(scene, settings) and scene.rgb_path:
@@ -301,8 +298,7 @@ def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
 
 
 def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[Any]:
-    """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a
-    progress bar; an error ends it."""
+    """Results of work(job) as they come, from processes, with a bar; an error ends it."""
     methods = multiprocessing.get_all_start_methods()
     fork = sys.platform == "linux" and "fork" in methods  # where it is safe: it starts faster
     context = multiprocessing.get_context("fork" if fork else "spawn")

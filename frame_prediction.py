@@ -302,8 +302,7 @@ def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def ramp(length: int) -> Tensor:
-    """Weight of the later tile across an overlap: 0 in its first quarter (which saw too little), 1
-    in the last, sin^2 between."""
+    """Weight of the later tile across an overlap: a quarter of 0, sin^2, a quarter of 1."""
     x = (torch.arange(length) + 0.5) / length
     return torch.sin((2 * x - 0.5).clamp(0, 1) * (math.pi / 2)) ** 2
 
@@ -437,8 +436,7 @@ def smaller_tile(tried: int) -> int:
 def in_smaller_tiles(
     tiled: Callable[[int], np.ndarray], patch: int, most: int = sys.maxsize
 ) -> tuple[np.ndarray, int]:
-    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out. `most` is
-    the longer side of the image."""
+    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out."""
     while True:
         try:
             return tiled(patch), patch

@@ -22,8 +22,7 @@ LAMPS: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def measured_reflectances() -> np.ndarray:
-    """Reflectances (n, 31): the 99 samples of CIE 224:2017, which stand for 65,000 measured
-    objects, and the patches of colour charts."""
+    """Reflectances (n, 31): the 99 samples of CIE 224:2017, and patches of colour charts."""
     import colour
     from colour.quality.cfi2017 import load_TCS_CIE2017
 

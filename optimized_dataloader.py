@@ -217,8 +217,7 @@ class PatchDataset(Dataset[RawBatch]):
         return RawBatch(*(torch.cat(pair) for pair in zip(theirs, mine, strict=True)))
 
     def mixed_in(self, epoch: int, iteration: int) -> int:
-        """How many samples of a batch are of the second set: a share that falls to none, rounded up
-        or down by chance, so that its mean is right."""
+        """How many samples of a batch are of the second set: a falling share, rounded by chance."""
         config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
         done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
         share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))

@@ -99,8 +99,7 @@ def read_split_list(path: Path) -> list[str]:
 
 
 def check_scene_name(name: Any, source: Path) -> None:
-    """UserError unless a scene's name, written in `source`, can be a file's: files are called by
-    it, and must not come to lie elsewhere."""
+    """UserError unless a scene's name, written in `source`, can be a file's in its folder."""
     plain = isinstance(name, str) and name.isprintable() and PureWindowsPath(name).name == name
     if not plain or name.startswith(".") or not 0 < len(name.encode()) <= LONGEST_NAME:
         shown = repr(name)[:60]

@@ -142,8 +142,7 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
 
 
 def photo_source(rgb: np.ndarray, norm: str, encoding: str = "linear") -> tuple[Source, int, int]:
-    """A reader of tiles of rgb (H, W, 3) in linear light and in the training normalisation, and its
-    range: the whole image's, never a tile's."""
+    """A reader of rgb's tiles (H, W, 3), linear and normalised, and the whole image's range."""
     low, high = int(rgb.min()), int(rgb.max())
 
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
@@ -190,8 +189,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
 
 
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
-    """Where each cube goes, and its format: `output` itself when it names a cube file, else
-    <output>/<name of the image>."""
+    """Where each cube goes, and its format: `output` where it names a cube file, else in it."""
     kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi", ".tiff": "tiff"}
     named = None if output.is_dir() else kinds.get(output.suffix.lower())
     if named and (len(inputs) > 1 or kind not in (None, named)):

@@ -139,8 +139,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class RBFProjection(nn.Module):
-    """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys. At the start each is
-    about 0.14."""
+    """Features exp(-gamma |x - c|^2), about 0.14 at first, of a head's normalised q and k."""
 
     def __init__(self, heads: int, width: int, centers: int, key_mode: str) -> None:
         super().__init__()
@@ -252,8 +251,7 @@ class Block(nn.Module):
 
 
 class GatedCrossFusion(nn.Module):
-    """A decoder level takes its skip: as it is, and, gated, by attention of each token to the
-    window of the skip around it."""
+    """A decoder level takes its skip: as it is, and, gated, by attention to windows of it."""
 
     def __init__(self, config: SHARPv32Config, dim: int, heads: int) -> None:
         super().__init__()

@@ -201,8 +201,7 @@ def sparsemax(scores: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of a tile's queries and keys, (1, 1, TILE^2, halo^2): 0 in a
-    query's window, MASKED elsewhere."""
+    """Added to scores of a tile, (1, 1, TILE^2, halo^2): 0 in a query's window, else MASKED."""
     with torch.inference_mode(False):  # a later call may need it for gradients
         halo = torch.arange(TILE + side - 1, device=device)
         offset = halo - torch.arange(TILE, device=device)[:, None]

@@ -83,8 +83,7 @@ def psnr(pred: Tensor, target: Tensor) -> float:
 
 
 def sam(pred: Tensor, target: Tensor, dark: float = 0.01) -> float:
-    """Mean spectral angle in degrees over the pixels whose mean target is above `dark` (a black one
-    has no angle), or NaN without any."""
+    """Mean spectral angle in degrees over pixels of a mean target above `dark`; NaN without any."""
     pred, target = _pair(pred, target)
     lit = target.mean(dim=0) > dark
     a, b = F.normalize(pred[:, lit], dim=0), F.normalize(target[:, lit], dim=0)

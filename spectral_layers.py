@@ -30,8 +30,7 @@ BASIS_WEIGHT = 0.01  # of the loss that keeps those spectra smooth and orthonorm
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch per sample with probability p, and scales the rest by 1 / (1 - p).
-    Stochastic depth, Huang et al. 2016."""
+    """Drops a branch per sample with probability p, else scales it (Huang et al. 2016)."""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()

@@ -167,8 +167,7 @@ def _draw_lamp(rng: np.random.Generator) -> np.ndarray:
 
 
 def neutral_light(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The illuminant divided out: direct light of 1, and an ambient one with a slight tint, as
-    surroundings reflect some of it."""
+    """The illuminant divided out: direct light of 1, ambient light with a slight tint."""
     ambient = (WAVELENGTHS / 550) ** rng.normal(0, 0.15)
     return np.ones(31, np.float32), (ambient / ambient.max()).astype(np.float32)
 
@@ -237,8 +236,7 @@ class Outline:
 
 
 class Painter:
-    """Paints objects back to front into maps of the frame: which material each pixel shows, its
-    texture, and how much direct, ambient and mirrored light."""
+    """Paints objects back to front into maps of material, texture, and light by its kind."""
 
     def __init__(
         self, rng: np.random.Generator, height: int, width: int, families: np.ndarray

@@ -121,8 +121,7 @@ def _is_of_other_bands(name: str, weights: dict, own: dict) -> bool:
 
 @torch.no_grad()
 def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> str:
-    """Fit the direct path and the camera to new data, and keep that only where it lowers the error
-    of the whole network there: a trained gain on another map may be worse."""
+    """Fit the direct path and the camera to new data; keep that where it lowers the loss."""
 
     def error() -> float:
         model.eval()
@@ -144,8 +143,7 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
 
 
 def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
-    """Whether the best value of a resumed run is one of this run: of the same data and measure,
-    with its checkpoint in the same folder."""
+    """Whether the best value of a resumed run is of the same data, measure and folder."""
     same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split", *MEASURE))
     return same and (folder.checkpoints / "best.ckpt").exists()
 

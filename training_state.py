@@ -61,8 +61,7 @@ def learning_rate(step: int, cfg: Any, steps_per_epoch: int) -> float:
 
 
 class RunState:
-    """A run without its loop. A trainer's Run sets in make_model what is declared here, and moves
-    epoch, iteration, step, lr and norm."""
+    """A run without its loop: a Run sets what is declared here, and moves epoch, step, lr .."""
 
     kind: str  # which model
     parts: tuple[str, ...]  # of what `learnt` gives, beside the weights
