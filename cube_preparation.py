@@ -70,8 +70,10 @@ def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[
             raise UserError(f"--bands {word}: give numbers or nm, such as 1-12,20 or 450-650nm")
         if not found:
             continue
-        low, high = sorted((float(found[1]), float(found[2] or found[1])))
-        of = numbers if "nm" not in word and "." not in found[1] and high <= len(nm) else centres
+        ends = (found[1], found[2] or found[1])
+        low, high = sorted(map(float, ends))
+        in_nm = "nm" in word or "." in "".join(ends) or high > len(nm)
+        of = centres if in_nm else numbers
         chosen = (of >= low) & (of <= high)
         if found[2] is None and of is centres:
             distance = np.abs(centres - low)
