@@ -141,8 +141,9 @@ def read_log(path: Path) -> dict[str, list[dict]]:
     lines: dict[str, list[dict]] = {"train": [], "val": []}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            lines[row["kind"]].append(row)
+            if line.endswith("}"):  # the last one of a killed run may be cut
+                row = json.loads(line)
+                lines[row["kind"]].append(row)
     return lines
 
 
