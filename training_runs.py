@@ -132,10 +132,10 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
 
     before, old = {key: value.clone() for key, value in model.state_dict().items()}, error()
     model.fit_spectral_path(rgb, cube)
-    new = error()
-    if new >= old:
+    new, verdict = error(), "kept"
+    if not new < old:  # NaN is no improvement
         model.load_state_dict(before)
-    verdict = "kept" if new < old else "not kept"
+        verdict = "not kept"
     return (
         f"its loss on training patches {old:.4f}; with the linear path fitted anew {new:.4f}, "
         f"{verdict}"
