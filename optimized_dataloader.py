@@ -518,8 +518,9 @@ class MSTPlusPlusLoss(nn.Module):
 
     def __init__(self, floor: float = 1e-2, floor_start: float | None = None, floor_steps: int = 0):
         super().__init__()
-        if floor <= 0 or (floor_start is not None and floor_start <= 0):
-            raise UserError(f"--train_floor {floor}: the floor of the loss must be above 0")
+        for name, value in (("train_floor", floor), ("train_floor_start", floor_start)):
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} {value}: the floor of the loss must be above 0")
         self.floor = floor
         self.floor_start = floor_start
         self.floor_steps = floor_steps

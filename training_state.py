@@ -44,6 +44,9 @@ def complete_settings(cfg: Any, name: str) -> None:
     for field in (*positive, "log_interval", "lr", "metric_floor"):
         if getattr(cfg, field) <= 0:
             raise ValueError(f"--{field} {getattr(cfg, field)}: must be above 0")
+    for field in ("weight_decay", "gradient_clip", "warmup_epochs", "val_crop_border"):
+        if getattr(cfg, field) < 0:
+            raise ValueError(f"--{field} {getattr(cfg, field)}: must be 0 or above")
     if not 0 <= cfg.ema_decay < 1:
         raise ValueError(f"--ema_decay {cfg.ema_decay}: must lie in [0, 1)")
     if not 0 <= cfg.eta_min <= cfg.lr:

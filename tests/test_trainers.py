@@ -335,6 +335,9 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
         (["--model_size", "huge"], "tiny, small, base, large"),
         (["--epochs", "0"], "--epochs"),
         (["--no_flag", "1"], "--no_flag"),
+        (["--gradient_clip", "-1"], "--gradient_clip -1.0: must be 0 or above"),
+        (["--weight_decay", "-0.1"], "--weight_decay"),
+        (["--val_crop_border", "-8"], "--val_crop_border"),
     ],
 )
 @pytest.mark.parametrize("trainer", TRAINERS)
