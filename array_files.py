@@ -5,8 +5,6 @@ cube_files uses this room.
         cube = arrays[pick_key(arrays, None, path)]
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +70,8 @@ def open_hdf5(path: Path) -> h5py.File:
 
 @contextmanager
 def open_arrays(path: Path, only: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """The arrays of numbers in a file by name, such as hcube/DataCube for a field of a struct;
-    those of HDF5 are read when indexed. Where it saves reading, `only` these names in small
-    letters."""
+    """The arrays of numbers in a file by name, hcube/DataCube for a field of a struct; those of
+    HDF5 are read when indexed. `only`: names in small letters, where that saves reading."""
     found: dict[str, Any] = {}
     check_claims(path)
     if path.suffix.lower() == ".npz":
@@ -121,8 +118,7 @@ def _collect_v5(name: str, item: np.ndarray, found: dict[str, Any]) -> None:
 
 
 def _collect_hdf5(name: str, item: h5py.Group | h5py.Dataset, found: dict[str, Any]) -> None:
-    """The same of an HDF5 file, where MATLAB keeps what cells and arrays of structs hold in #refs#
-    and refers to it."""
+    """The same of HDF5, where MATLAB keeps what cells and arrays of structs hold in #refs#."""
     if isinstance(item, h5py.Group):
         for field in item:  # soft links are second names, or lead back up
             hard = isinstance(item.get(field, getlink=True), h5py.HardLink)
@@ -139,9 +135,6 @@ def _collect_hdf5(name: str, item: h5py.Group | h5py.Dataset, found: dict[str, A
 
 
 def _is_numeric(item: h5py.Dataset) -> bool:
-    """MATLAB stores text as uint16, logicals as uint8, tables as numbers of objects, and of an
-    empty array the size."""
-    kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode()
-    return kind.lstrip("u").startswith(("double", "single", "int")) and (
-        "MATLAB_empty" not in item.attrs
-    )
+    """MATLAB stores text as uint16, logicals as uint8, of an empty array the size."""
+    kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode().lstrip("u")
+    return kind.startswith(("double", "single", "int")) and "MATLAB_empty" not in item.attrs

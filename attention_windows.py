@@ -3,8 +3,6 @@
 Images are (B, H, W, C). Shapes: B batch, H W tokens, C channels, D head width.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -13,8 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# --- rotary positions
 
 
 def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -34,14 +30,10 @@ def rotary_table(height: int, width: int, dim: int, device: torch.device | None 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept.
-
-    Whole rows are multiplied: to cut them into halves first takes five times as long."""
+    """Turn pairs (x[i], x[i + D/2]) of (..., N, D) by the table's angles; norms are kept. Whole
+    rows are multiplied: to cut them into halves first takes five times as long."""
     cosines, signed_sines = table.to(x.dtype)
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), signed_sines)
-
-
-# --- windows
 
 
 def window_count(side: int, window: int, stride: int) -> int:
@@ -80,9 +72,7 @@ def _merge_axis(x: Tensor, stride: int) -> Tensor:
 
 
 def add_windows(x: Tensor, stride: int) -> Tensor:
-    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D).
-
-    The sum over the windows that cover a token; H and W reach as far as the windows do."""
+    """(groups, B, rows, columns, window, window, D) -> (B, H, W, groups * D): sums of windows."""
     groups, batch, rows, columns, window = x.shape[:5]
     x = x.permute(1, 2, 4, 3, 5, 0, 6).reshape(batch, rows, window, -1)
     x = _merge_axis(x, stride)  # B, rows of tokens, (columns, window, groups, D)
@@ -113,8 +103,7 @@ def _kept(
 def along_axis(
     build: Callable[..., Tensor], side: int, window: int, stride: int, device: torch.device
 ) -> Tensor:
-    """`build(side, window, stride, device)`, kept from block to block where no graph is traced: to
-    build it takes a dozen launches."""
+    """`build(side, window, stride, device)`, kept from block to block where no graph is traced."""
     make = build if torch.compiler.is_compiling() else partial(_kept, build)
     return make(side, window, stride, device)
 

@@ -8,8 +8,6 @@ A thin layer over colour-science, which has the measured tables. It takes 0.7 s 
 imported where a table is needed.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Sequence
@@ -69,9 +67,6 @@ def blackbody(nm: np.ndarray, kelvin: float) -> np.ndarray:
     import colour
 
     return colour.colorimetry.planck_law(nm * 1e-9, kelvin)
-
-
-# --- cameras
 
 
 def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
@@ -136,9 +131,6 @@ def _read_camera_csv(path: str) -> Table:
     return table[:, 0], table[:, 1:]
 
 
-# --- photos
-
-
 def render_rgb(
     cube: np.ndarray,
     response: np.ndarray,
@@ -184,9 +176,6 @@ def _as_jpeg(frame: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
     encoded = io.BytesIO()
     Image.fromarray(frame).save(encoded, "JPEG", quality=quality)
     return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
-
-
-# --- pictures
 
 
 def cube_to_srgb(cube: np.ndarray, wavelengths: Wavelengths) -> np.ndarray:

@@ -4,8 +4,6 @@ save_checkpoint("last.ckpt", state)
 state = read_checkpoint("last.ckpt")                  # or a .safetensors file, or bare weights
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -175,8 +173,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def build_from_checkpoint(
     path: str | Path, kind: str, create: Callable[..., Model], ema: bool = True
 ) -> Model:
-    """Rebuild a model from any checkpoint of the trainers, with the averaged weights where there
-    are any and `ema` is on."""
+    """A model from any checkpoint of the trainers; averaged weights if any and `ema` is on."""
     state = read_checkpoint(path)
     if state["model"] not in (kind, None) or not state["model_config"]:
         found = state["model"] or "bare weights"
@@ -192,9 +189,7 @@ def without_wrappers(weights: dict) -> dict:
     return {WRAPPERS.sub("", name): value for name, value in weights.items()}
 
 
-def build_model(
-    create: Callable[..., Model], config: dict, weights: dict, path: str | Path
-) -> Model:
+def build_model(make: Callable[..., Model], config: dict, weights: dict, path: str | Path) -> Model:
     """The model of a configuration, which may be a stranger's. UserError unless the weights are
     such a model's: it is made without memory first, as a configuration may ask for any amount."""
     try:
@@ -205,11 +200,11 @@ def build_model(
         if sum(config.get("depths") or ()) > len(weights):
             raise ValueError("it has more blocks than weights")
         with torch.device("meta"):
-            trial = create(**config)
+            trial = make(**config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied
             load_weights(trial, weights, path)
-        return create(**config)
+        return make(**config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its configuration does not fit the model: {reason}") from None
@@ -228,8 +223,7 @@ def restoring(path: str | Path) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, weights: dict, path: str | Path) -> None:
-    """load_state_dict with a one-line UserError on a mismatch; prefixes that DDP and torch.compile
-    put before names are dropped."""
+    """load_state_dict, names without DDP's and torch.compile's prefixes; one-line UserErrors."""
     try:
         model.load_state_dict(without_wrappers(weights))
     except RuntimeError as error:

@@ -4,8 +4,6 @@ optimizers.
 Imports nothing of the project but terminal.py; see README.md for the scripts.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -27,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
 import psutil
@@ -38,9 +36,6 @@ import terminal
 from terminal import CliParser
 
 LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
-
-
-# --- command line
 
 
 class UserError(Exception):
@@ -151,8 +146,7 @@ def _config_flags(path: str, known: set[str]) -> list[str]:
 
 
 def optional_fields(cls: type, skip: tuple[str, ...] = ()) -> list[tuple]:
-    """The fields of a dataclass for make_dataclass, all with default None: "not given, the preset
-    decides"."""
+    """The fields of a dataclass for make_dataclass, all None by default: "the preset decides"."""
     hints = get_type_hints(cls)
     fields = []
     for field in dataclasses.fields(cls):
@@ -172,26 +166,11 @@ def given_fields(settings: Any, cls: type, skip: tuple[str, ...] = ()) -> dict[s
     return given
 
 
-Fields = TypeVar("Fields")
-
-
-def pick_fields(cls: type[Fields], settings: Any) -> Fields:
-    """A dataclass made of the equally named fields of `settings`."""
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return cls(**{name: getattr(settings, name) for name in names})
-
-
-# --- seeds
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, CUDA included."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-# --- worker processes
 
 
 def begin_worker() -> None:
@@ -208,12 +187,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-# --- files
-
-
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all: a temporary file in its folder, fsync, rename. A failure
-    keeps the old file."""
+    """Write a file whole or not at all: temporary file, fsync, rename. A failure keeps the old."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
@@ -259,8 +234,7 @@ def _runs(process: int) -> bool:
 
 
 def to_json(value: Any, **kwargs: Any) -> str:
-    """JSON of plain values, paths, and numpy or torch scalars and arrays; NaN and infinities become
-    null."""
+    """JSON of plain values, paths, NumPy and torch scalars and arrays; NaN, infinity: null."""
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value.tolist()
@@ -287,12 +261,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
 
 
-# --- optimizer states
-
-
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: weights of linear maps and convolutions decay; norms, biases, scales and
-    all else do not."""
+    """Parameter groups: weights of linear maps and convolutions decay, all else does not."""
     decayed = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     chosen = {id(parameter) for parameter in decayed}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
@@ -303,8 +273,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.GradScaler:
-    """It scales for float16 alone; for every type it makes the optimizer skip a step whose
-    gradients are not finite."""
+    """It scales for float16 alone; for every type it skips steps whose gradients are not finite."""
     if amp is torch.float16:
         return torch.amp.GradScaler(device.type)
     almost_one = 2**-40  # from 1, as the factors must be; in float32 they are 1, so the scale stays
@@ -333,8 +302,7 @@ def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
 def restore_schedule(
     schedule: torch.optim.lr_scheduler.LambdaLR, state: dict, lr: float, weight_decay: float
 ) -> None:
-    """Load a schedule whose optimizer, of decay_groups, is restored; go on with this run's lr and
-    weight decay."""
+    """Load a schedule whose optimizer is restored; go on with this run's lr and weight decay."""
     schedule.load_state_dict(state)
     schedule.base_lrs = [lr] * len(schedule.base_lrs)
     groups = schedule.optimizer.param_groups
@@ -351,8 +319,7 @@ def _float_tensors(model: nn.Module) -> list[Tensor]:
 
 class WeightAverage:
     """Moving average of a model's weights and buffers, `module`, updated every `every` steps. Its
-    decay warms up, to forget early weights. Nothing waits for the device: updates are counted in
-    Python."""
+    decay warms up, to forget early weights. Updates are counted in Python, without a wait."""
 
     def __init__(self, model: nn.Module, decay: float, every: int) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)

@@ -31,9 +31,6 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_AL
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
-# --- processes
-
-
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """This process's place among the processes of a run: torchrun's, or one process alone."""
@@ -109,12 +106,8 @@ def distribute(model: nn.Module, device: torch.device) -> DistributedDataParalle
     return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
 
-# --- devices
-
-
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """auto, cpu, cuda or cuda:N -> device; plain cuda under torchrun is the local rank's card.
-
     UserError for other names, and for a card that is not there, too old, or without a driver."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,14 +150,6 @@ def _cuda_trouble() -> str:
     return "" if torch.cuda.device_count() else "no card is visible"
 
 
-def init_process_group(device: str) -> tuple[Ranks, torch.device]:
-    """This process's ranks, joined, and its device."""
-    ranks = Ranks.announced()
-    resolved = resolve_device(device, ranks.local_rank)
-    ranks.join(resolved)
-    return ranks, resolved
-
-
 def prepare_cuda(deterministic: bool = False) -> None:
     """CUDA's settings of a process, before its first CUDA tensor.
 
@@ -184,8 +169,7 @@ def prepare_cuda(deterministic: bool = False) -> None:
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch compute with this many threads on a CPU; None leaves it at OMP_NUM_THREADS or all
-    cores. UserError where it is below 1."""
+    """Let torch compute with so many threads; None: as it would. UserError below 1."""
     if count is not None and count < 1:
         raise UserError(f"--threads {count}: give 1 or more")
     if count is not None:
@@ -204,9 +188,6 @@ def autocast_type(wanted: bool, name: str, device: torch.device) -> torch.dtype 
         return None
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
-
-
-# --- compiling
 
 
 def missing_compiler(device: torch.device) -> str:
@@ -228,8 +209,7 @@ def first_output(output: Any) -> Tensor:
 def trial_step(
     network: nn.Module, shape: tuple[int, ...], device: torch.device, amp: torch.dtype | None
 ) -> None:
-    """Forward and backward of zeros as in training: it compiles what is to be compiled. Gradients
-    are dropped."""
+    """Forward and backward of zeros, to compile what is to be compiled; gradients are dropped."""
     rgb = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     alone: contextlib.AbstractContextManager = contextlib.nullcontext()
     if isinstance(network, DistributedDataParallel):
@@ -286,9 +266,6 @@ def _say(ranks: Ranks, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-# --- memory
-
-
 def memory_gb(device: torch.device) -> float:
     """Peak CUDA memory of this process, or its resident memory on a CPU, in GB."""
     if device.type == "cuda":
@@ -304,8 +281,7 @@ def free_memory() -> float:
 def cgroup_free(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float:
-    """Bytes left under the tightest memory limit on this process, cgroup v1 or v2; inf without
-    one. File cache counts as free."""
+    """Bytes left under the tightest memory limit, cgroup v1 or v2, file cache included; or inf."""
     free = math.inf
     if not membership.exists():
         return free
@@ -335,8 +311,7 @@ def _free_in(folder: Path, limit: str, usage: str, cache: str) -> float:
 
 
 def free_cuda_memory(device: torch.device) -> float:
-    """Bytes of a card's memory that this process may still take: what the driver has, and what
-    torch keeps for itself without using it."""
+    """Bytes of a card's memory that are free, or torch's own without being used."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -5,8 +5,6 @@ cube = read_cube("scene.mat")                                 # (H, W, bands) fl
 write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, W) float32
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import io
@@ -26,22 +24,12 @@ import h5py
 import numpy as np
 from einops import rearrange
 
+import raster_files
 import terminal
 from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
 from common_utils_v32 import UserError, temporary_prefix
 from file_claims import open_image
-from raster_files import (
-    ENVI_SUFFIXES,
-    Facts,
-    envi_data_file,
-    envi_facts,
-    nanometres,
-    read_envi,
-    read_tiff,
-    tiff_facts,
-    to_values,
-    write_tiff,
-)
+from raster_files import ENVI_SUFFIXES, Facts, nanometres
 
 RGB_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -55,7 +43,6 @@ FEW = 0.01  # share of values that may be outliers
 # Attributes of an HDF5 data set, in lower case.
 NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
-EXIF_ORIENTATION = 0x0112
 # Arrays above this are mapped to files, and pages let go after as much was written.
 MAPPED_BYTES = 256 << 20
 # The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2,
@@ -113,8 +100,7 @@ def extra(module: str) -> ModuleType:
 
 
 def allocate_array(shape: tuple[int, ...], dtype: type, work: Path, copies: int = 1) -> np.ndarray:
-    """An empty array: in memory when it is small, else mapped to a file in `work`, on a disk that
-    is to hold so many copies of it."""
+    """An empty array in memory, a big one mapped to a file in `work`, where `copies` of it fit."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= MAPPED_BYTES:
         return np.empty(shape, dtype)
@@ -152,8 +138,7 @@ def release(array: np.ndarray) -> None:
 
 
 def blocks(cube: np.ndarray, rows: int = 1024) -> Iterator[tuple[int, slice]]:
-    """(band, rows) pieces that cover a cube (bands, H, W); a mapped one's pages are let go on the
-    way."""
+    """(band, rows) pieces that cover a cube (bands, H, W); a mapped one's pages are let go."""
     for band in range(len(cube)):
         for top in range(0, cube.shape[1], rows):
             yield band, slice(top, top + rows)
@@ -258,9 +243,9 @@ def read_stored(
             stored = _read_band_images(path)
         elif suffix == ".hdr":
             axes = "hwc"
-            stored, facts = read_envi(path)
+            stored, facts = raster_files.read_envi(path)
         elif suffix in TIFF_SUFFIXES:
-            stored, stated, facts = read_tiff(path)
+            stored, stated, facts = raster_files.read_tiff(path)
             axes = axes or stated
         elif suffix == ".npy":
             # Mapped first: the size that its header claims is not taken on trust.
@@ -270,7 +255,7 @@ def read_stored(
                 array = arrays[pick_key(arrays, key, path)]
                 axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
                 facts = attribute_facts(array, path)
-                stored = to_values(array[()], facts)
+                stored = raster_files.to_values(array[()], facts)
         else:
             raise UserError(
                 f"{path}: not a cube; give {', '.join(CUBE_SUFFIXES)} or a folder of band images"
@@ -305,7 +290,7 @@ def cube_sources(path: Path) -> list[Path]:
     if path.is_dir():
         return band_images(path)
     if path.suffix.lower() == ".hdr":
-        return [path, envi_data_file(path)]
+        return [path, raster_files.envi_data_file(path)]
     return [path]
 
 
@@ -325,8 +310,7 @@ def scene_name(path: Path) -> str:
 
 def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
     """Write (bands, H, W) float32, in memory or mapped, as `kind` of WRITTEN; wavelengths in nm.
-    The final name appears only when the file is complete. A mapped array's file may become the
-    cube's."""
+    The name appears when the file is complete. A mapped array's file may become the cube's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
@@ -334,25 +318,21 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             reserve(file, cube.nbytes)
             file.unlink(missing_ok=True)
         if kind == "npy":
-            _write_npy(file, cube)
+            if isinstance(cube, np.memmap) and cube.filename is not None:
+                os.replace(cube.filename, file)
+            else:
+                np.save(file, cube)
         elif kind == "npz":
             np.savez(file, cube=cube, wavelengths=np.array(wavelengths, np.float32))
         elif kind == "mat":
             _write_mat(file, cube, wavelengths)
         elif kind == "tiff":
             extra("tifffile")
-            write_tiff(file, cube, wavelengths)
+            raster_files.write_tiff(file, cube, wavelengths)
         else:
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
             os.replace(written, path.parent / written.name)
-
-
-def _write_npy(file: Path, cube: np.ndarray) -> None:
-    if isinstance(cube, np.memmap) and cube.filename is not None:
-        os.replace(cube.filename, file)
-    else:
-        np.save(file, cube)
 
 
 class StoredCube(NamedTuple):
@@ -371,8 +351,7 @@ def find_stored_cube(
     bands: int | None,
     rgb_shape: tuple[int, ...] | None,
 ) -> StoredCube | None:
-    """What read_window needs, nothing decoded; None for a file that only decodes as a whole. The
-    hints and errors are those of read_cube."""
+    """What read_window needs, nothing decoded; None for a file that decodes as a whole alone."""
     with reading(path, "a hyperspectral cube"):
         if not h5py.is_hdf5(path):
             return None
@@ -394,8 +373,7 @@ def read_window(stored: StoredCube, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    """MATLAB v7.3: HDF5 after 512 bytes. MATLAB is column-major: its H x W x bands is
-    (bands, W, H) here."""
+    """MATLAB v7.3, HDF5 after 512 bytes; column-major, so H x W x bands is (bands, W, H)."""
     bands, height, width = cube.shape
     with h5py.File(path, "w", userblock_size=512, locking=False) as file:
         target = file.create_dataset("cube", (bands, width, height), np.float32)
@@ -430,10 +408,7 @@ def _state_matlab_classes(file: h5py.File) -> None:
 
 
 def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
-    header = {
-        "wavelength": [f"{nm:g}" for nm in wavelengths],
-        "wavelength units": "Nanometers",
-    }
+    header = {"wavelength": [f"{nm:g}" for nm in wavelengths], "wavelength units": "Nanometers"}
     bands, height, width = cube.shape
     image = extra("spectral.io.envi").create_image(
         str(path),
@@ -451,8 +426,7 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
 
 
 def band_images(folder: Path) -> list[Path]:
-    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), in the order of
-    their numbers."""
+    """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), by number."""
     # A link to a scene may have another name.
     for place in (folder, folder / folder.name, folder / folder.resolve().name):
         numbered: dict[int, Path] = {}
@@ -472,8 +446,7 @@ def band_images(folder: Path) -> list[Path]:
 
 
 def _read_band_images(folder: Path) -> np.ndarray:
-    """A CAVE scene: 16-bit PNGs over 65535; the 8-bit RGBA ones of one scene over 255 (their three
-    channels agree)."""
+    """A CAVE scene: 16-bit PNGs over 65535, the 8-bit RGBA ones of one scene over 255."""
     planes: list[np.ndarray] = []
     for path in band_images(folder):
         with reading(path, "a band image"), open_image(path) as image:
@@ -496,12 +469,12 @@ def read_wavelengths(path: str | Path, every: bool = False) -> list[float] | Non
         if path.is_dir():
             return FIELD_BANDS if len(band_images(path)) == len(FIELD_BANDS) else None
         if suffix == ".hdr":
-            facts = envi_facts(path)
+            facts = raster_files.envi_facts(path)
             bad = () if every else facts.bad
             nm = nanometres(facts, path)
             return None if nm is None else [nm[band] for band in range(len(nm)) if band not in bad]
         if suffix in TIFF_SUFFIXES:
-            return nanometres(tiff_facts(path), path)
+            return nanometres(raster_files.tiff_facts(path), path)
         if suffix in ARRAY_SUFFIXES:
             for values in band_arrays(path):
                 nm = nanometres(Facts(values), path)
@@ -525,9 +498,8 @@ def bands_known(wavelengths: list[float] | None, bands: int, path: Path) -> list
 def check_cube(
     cube: np.ndarray, path: str | Path, constant_bands: bool = True, facts: Facts | None = None
 ) -> None:
-    """UserError for values of a cube (H, W, bands) that spoil a training run: NaN, infinite,
-    outside [0, 1], and, with `constant_bands`, a band all of one value. `facts`: what its file
-    says, for the advice."""
+    """UserError for values of a cube (H, W, bands) that spoil training: NaN, infinite, outside [0,
+    1], with `constant_bands` a band of one value. `facts`: what its file says, for the advice."""
     facts = facts or Facts()
     low, high = float(cube.min()), float(cube.max())
     if not math.isfinite(low) or not math.isfinite(high):
@@ -586,8 +558,7 @@ def _range_advice(cube: np.ndarray, facts: Facts) -> str:
 
 
 def check_wavelengths(nm: list[float], others: list[float], path: Path) -> None:
-    """UserError unless a scene's band centres are the others', within 1 nm: one model cannot learn
-    two sets of bands."""
+    """UserError unless a scene's band centres are the others', within 1 nm."""
     if len(nm) != len(others):
         raise UserError(f"{path}: {len(nm)} bands, {len(others)} in the others; use it apart")
     if np.abs(np.subtract(nm, others)).max() > 1:

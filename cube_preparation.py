@@ -5,8 +5,6 @@ no data filled, values a little outside [0, 1] clipped; and what of that was don
     cube, record, facts = prepare_cube(path, settings, rgb.shape)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +12,10 @@ from typing import Any
 
 import numpy as np
 
+import cube_files
 import terminal
 from common_utils_v32 import UserError
-from cube_files import (
-    FIELD_BANDS,
-    Facts,
-    check_wavelengths,
-    may_be_clipped,
-    outside,
-    read_stored,
-    read_wavelengths,
-    reading,
-)
+from cube_files import FIELD_BANDS, Facts, outside, reading
 
 MOST_DISTANCE = 20.0  # nm, from a wavelength to its band
 # A band or a range of them: 7, 3-12, 450-650nm, 449.5..701.2
@@ -36,7 +26,7 @@ def find_wavelengths(path: Path, bands: int, given: Sequence[str] | None) -> lis
     """Centres of all stored bands in nm: as given, as the file says, or aloud the field's."""
     if given:
         return _given_wavelengths(given, bands)
-    nm = read_wavelengths(path, every=True)
+    nm = cube_files.read_wavelengths(path, every=True)
     if nm is None and bands == len(FIELD_BANDS):
         terminal.say(
             f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths"
@@ -55,12 +45,11 @@ def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
     if len(words) == 1 and not re.fullmatch(r"[\d.,]+", words[0]):
         with reading(Path(words[0]), "a list of wavelengths"):
             words = re.sub("#.*", "", Path(words[0]).read_text(encoding="utf-8-sig")).split()
+    text = " ".join(words)
     try:
-        values = [float(word) for word in re.split(r"[,;\s]+", " ".join(words)) if word]
+        values = [float(word) for word in re.split(r"[,;\s]+", text) if word]
     except ValueError:
-        raise UserError(
-            f"--wavelengths: {' '.join(words)[:60]}; give numbers in nm alone"
-        ) from None
+        raise UserError(f"--wavelengths: {text[:60]}; give numbers in nm alone") from None
     if len(values) not in (2, bands):
         raise UserError(
             f"--wavelengths: {len(values)} numbers for {bands} bands; give FIRST LAST or one a band"
@@ -72,8 +61,7 @@ def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
 
 def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[int]) -> list[int]:
     """Which stored bands to keep, from 0: those not bad of a choice such as `1-12,20` (numbers from
-    1) or `450-650nm`. What is no number of a band, or has a point, is nm; of one wavelength the
-    nearest band counts."""
+    1) or `450-650nm`. What is no band's number, or has a point, is nm: the nearest band's."""
     centres, numbers = np.asarray(nm), np.arange(1, len(nm) + 1)
     kept = np.full(len(nm), choice is None)
     for word in re.split(r"[,\s]+", " ".join(choice or ()).lower()):
@@ -82,8 +70,10 @@ def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[
             raise UserError(f"--bands {word}: give numbers or nm, such as 1-12,20 or 450-650nm")
         if not found:
             continue
-        low, high = sorted((float(found[1]), float(found[2] or found[1])))
-        of = numbers if "nm" not in word and "." not in found[1] and high <= len(nm) else centres
+        ends = (found[1], found[2] or found[1])
+        low, high = sorted(map(float, ends))
+        in_nm = "nm" in word or "." in "".join(ends) or high > len(nm)
+        of = centres if in_nm else numbers
         chosen = (of >= low) & (of <= high)
         if found[2] is None and of is centres:
             distance = np.abs(centres - low)
@@ -102,15 +92,14 @@ def plan_bands(nm: Sequence[float], choice: Sequence[str] | None, bad: Sequence[
 def prepare_cube(
     path: Path, settings: dict[str, Any], rgb_shape: tuple[int, ...] | None
 ) -> tuple[np.ndarray, dict[str, Any], Facts]:
-    """A cube (H, W, bands) float32 as the settings ask for, not judged; what was done to it, for
-    its record; and what its file says."""
+    """A cube (H, W, bands) float32 as asked for, not judged; its record; what its file says."""
     how = {"key": settings["cube_key"], "axes": settings["axes"], "rgb_shape": rgb_shape}
-    cube, facts = read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
+    cube, facts = cube_files.read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
     nm = _own_wavelengths(path, settings) or settings["stored_wavelengths"]
     if len(nm) != cube.shape[2]:
         raise UserError(f"{path}: {len(nm)} wavelengths of {cube.shape[2]} bands; mend them")
     kept = plan_bands(nm, settings["chosen_bands"], facts.bad)
-    check_wavelengths([nm[band] for band in kept], settings["wavelengths"], path)
+    cube_files.check_wavelengths([nm[band] for band in kept], settings["wavelengths"], path)
     if facts.factor != 1 and (settings["scale"] != 1 or settings["white"]):
         flag = "--white" if settings["white"] else "--scale"
         raise UserError(
@@ -131,7 +120,7 @@ def prepare_cube(
         cube[~np.isfinite(cube)] = settings["fill"]
         record["filled"] = {"pixels": pixels.sum(), "share": pixels.mean()}
         record["remarks"].append("pixels of no data filled (--fill), counted in index.json")
-    if settings["clip"] and may_be_clipped(cube) and outside(cube)[0] > 0:
+    if settings["clip"] and cube_files.may_be_clipped(cube) and outside(cube)[0] > 0:
         share, excess = outside(cube)
         cube = cube.clip(0, 1)
         record["clipped"] = {"share": share, "largest_excess": excess}
@@ -140,10 +129,9 @@ def prepare_cube(
 
 
 def _own_wavelengths(path: Path, settings: dict[str, Any]) -> list[float] | None:
-    """What the file says of its bands; what it says in no known unit is passed over where
-    --wavelengths is given."""
+    """What the file says of its bands; an unknown unit is passed over with --wavelengths."""
     try:
-        return read_wavelengths(path, every=True)
+        return cube_files.read_wavelengths(path, every=True)
     except UserError:
         if not settings["given_wavelengths"]:
             raise
@@ -165,15 +153,14 @@ def _calibrate(cube: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
 
 
 def _reference(name: str, settings: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    """A reference averaged over its lines, (columns or 1, bands) float32. An .npy may be averaged
-    already."""
+    """A reference (columns or 1, bands) float32, averaged over lines; an .npy may be already."""
     path = Path(settings[name])
     average: np.ndarray = np.empty(0)
     if path.suffix.lower() == ".npy":
         with reading(path, "a reference"):
             average = np.atleast_2d(np.load(path).astype(np.float32))
     if average.ndim != 2:
-        stored, _ = read_stored(path, bands=shape[2])
+        stored, _ = cube_files.read_stored(path, bands=shape[2])
         average = stored.mean(axis=0, dtype=np.float64).astype(np.float32)
     if average.shape not in (shape[1:], (1, shape[2])):
         raise UserError(

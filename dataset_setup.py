@@ -13,8 +13,6 @@ shows. A scene is written whole or not at all; the same command again carries on
 stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os
@@ -29,51 +27,17 @@ from typing import Any
 
 import numpy as np
 
+import common_utils_v32 as common
+import cube_files
+import scene_folders
 import terminal
-from camera_colour import (
-    CAMERAS,
-    SRGB,
-    Wavelengths,
-    camera_response,
-    ordinary_photo,
-    render_rgb,
-)
-from common_utils_v32 import (
-    CliParser,
-    UserError,
-    atomic_write,
-    begin_worker,
-    read_json,
-    remove_leftovers,
-    run_cli,
-    write_json,
-    write_text,
-)
-from cube_files import (
-    CUBE_SUFFIXES,
-    Facts,
-    arad_mat,
-    check_cube,
-    cube_sources,
-    read_rgb,
-    read_stored,
-)
+from camera_colour import CAMERAS, SRGB, Wavelengths, camera_response, ordinary_photo, render_rgb
+from common_utils_v32 import CliParser, UserError
+from cube_files import CUBE_SUFFIXES, Facts, check_cube, read_rgb
 from cube_preparation import find_wavelengths, plan_bands, prepare_cube, remark_lines
 from measured_spectra import WAVELENGTHS
 from optimized_dataloader import patch_grid
-from scene_folders import (
-    RGB_ENCODINGS,
-    SPLITS,
-    Scene,
-    cube_facts,
-    encoding_of,
-    find_folder_scenes,
-    find_scenes,
-    is_intact,
-    save_array,
-    synthetic_camera,
-    write_index,
-)
+from scene_folders import SPLITS, Scene, encoding_of, find_folder_scenes, find_scenes, save_array
 from spectral_evaluation import contact_sheet
 from synthetic_scenes import EXPOSURE, synthetic_cube
 
@@ -88,12 +52,8 @@ SPARE_BYTES = 10_000_000  # for index and pictures
 Job = tuple[str, Scene]  # a scene and its split
 
 
-# --- synthetic raw scenes
-
-
 def make_synthetic(args: argparse.Namespace) -> None:
-    """Write a raw data set in the ARAD-1K layout: n scenes, a fifth of them for validation, and two
-    test images."""
+    """Write a raw data set in the ARAD-1K layout: a fifth for validation, two test images more."""
     root, count = Path(args.output_root), args.synthetic
     height, width = args.size
     exposure = None if args.exposure == "auto" else args.exposure or EXPOSURE
@@ -110,7 +70,7 @@ def make_synthetic(args: argparse.Namespace) -> None:
     names = [f"synthetic_{i + 1:04d}" for i in range(count + 2)]
     train = count - max(1, round(count / 5))
     for part, listed in (("train", names[:train]), ("valid", names[train:count])):
-        write_text(root / "split_txt" / f"{part}_list.txt", "\n".join([*listed, ""]))
+        common.write_text(root / "split_txt" / f"{part}_list.txt", "\n".join([*listed, ""]))
     jobs = [(name, number, number >= count) for number, name in enumerate(names)]
     work = partial(_write_synthetic_scene, root=root, settings=settings)
     list(run_jobs(work, jobs, args.workers, "synthetic scenes"))
@@ -138,13 +98,10 @@ def _write_synthetic_scene(job: tuple[str, int, bool], root: Path, settings: dic
     cube = synthetic_cube(rng, height, width, neutral=settings["camera"] == SRGB)
     _, jpeg = render_photo(cube, WAVELENGTHS, rng, settings)
     if not test:
-        mat = arad_mat(cube, WAVELENGTHS)
-        atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
+        mat = cube_files.arad_mat(cube, WAVELENGTHS)
+        common.atomic_write(root / "Train_Spec" / f"{name}.mat", lambda file: file.write(mat))
     folder = root / ("Test_RGB" if test else "Train_RGB")
-    atomic_write(folder / f"{name}.jpg", lambda file: file.write(jpeg))
-
-
-# --- the scenes of a source
+    common.atomic_write(folder / f"{name}.jpg", lambda file: file.write(jpeg))
 
 
 def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, list[Scene]]:
@@ -160,8 +117,7 @@ def _draw_validation(scenes: list[Scene], share: float, seed: int) -> dict[str, 
 
 
 def collect_scenes(args: argparse.Namespace) -> list[Job]:
-    """The scenes of the source: by its list files where it has them, else --val-fraction drawn with
-    --split-seed."""
+    """The scenes of the source: by its list files, else --val-fraction drawn with --split-seed."""
     root = Path(args.arad_root or args.cave_root or args.cubes)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder of the data set")
@@ -187,12 +143,8 @@ def collect_scenes(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-# --- settings
-
-
 def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any]:
-    """What the staged files depend on; bands and wavelengths as in the first scene (with
-    --verify-only the first that is readable)."""
+    """What the staged files depend on; bands and wavelengths as in the first scene."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.rgb_encoding is None:
         camera = args.camera if args.render_rgb else _source_camera(args)
@@ -209,14 +161,13 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
 
 
 def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, int, Facts]:
-    """Path, stored bands and facts of the first cube that can be read; only --verify-only goes past
-    one that cannot."""
+    """Path, stored bands and facts of the first cube (with --verify-only, a readable one)."""
     for scene in scenes:
         assert scene.cube_path is not None
         try:
             shape = read_rgb(scene.rgb_path).shape if scene.rgb_path else None
             how = {"key": args.cube_key, "axes": args.axes, "rgb_shape": shape}
-            cube, facts = read_stored(scene.cube_path, **how)
+            cube, facts = cube_files.read_stored(scene.cube_path, **how)
             return scene.cube_path, cube.shape[2], facts
         except UserError:
             if not args.verify_only or scene == scenes[-1]:
@@ -225,13 +176,12 @@ def _first_cube(args: argparse.Namespace, scenes: list[Scene]) -> tuple[Path, in
 
 
 def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None:
-    """Take the output folder if it is new, empty, or was begun with these settings (kept in
-    `path`), and `needed` bytes fit."""
+    """Take the output folder if it is new or begun with these settings, and `needed` bytes fit."""
     for folder in (root, *root.glob("*")):
-        remove_leftovers(folder)
+        common.remove_leftovers(folder)
     files = [file for file in root.rglob("*") if file.is_file()]
     if path.exists() and files != [path]:  # else nothing was written with the settings in it
-        old = OLD_SETTINGS | read_json(path)
+        old = OLD_SETTINGS | common.read_json(path)
         old.setdefault("stored_wavelengths", old.get("wavelengths"))
         for name, value in settings.items():
             if old.get(name) != value:
@@ -251,10 +201,7 @@ def claim(root: Path, path: Path, settings: dict[str, Any], needed: int) -> None
             f"{root}: {needed / 1e9:.2f} GB do not fit in {free / 1e9:.2f} GB; make room or change "
             "--output-root"
         )
-    write_json(path, settings)
-
-
-# --- one scene
+    common.write_json(path, settings)
 
 
 def check_files(scene: Scene, render: str | None) -> None:
@@ -279,8 +226,7 @@ def is_rendered(scene: Scene, settings: dict[str, Any]) -> bool:
 def load_scene(
     scene: Scene, settings: dict[str, Any]
 ) -> tuple[np.ndarray | None, np.ndarray, dict[str, Any], Facts | None]:
-    """Cube (H, W, bands) float32 as the settings ask for, not judged, and RGB (H, W, 3), rendered
-    where they ask for it; what was done to the cube, and what its file says."""
+    """Cube (H, W, bands) float32 as asked for, not judged, RGB (H, W, 3), record, file facts."""
     check_files(scene, settings["render_rgb"])
     rgb = None
     if not is_rendered(scene, settings) and scene.rgb_path:
@@ -315,16 +261,15 @@ def _grid(shape: tuple[int, ...], settings: dict[str, Any]) -> tuple[list[int], 
 
 def _source(scene: Scene, settings: dict[str, Any]) -> list[list]:
     """Names, sizes and times of the raw files, to notice a changed one."""
-    files = cube_sources(scene.cube_path) if scene.cube_path else []
+    files = cube_files.cube_sources(scene.cube_path) if scene.cube_path else []
     files += [scene.rgb_path] if scene.rgb_path else []
     for reference in (settings["white"], settings["dark"]):
-        files += cube_sources(Path(reference)) if reference else []
+        files += cube_files.cube_sources(Path(reference)) if reference else []
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
-    """Write one scene's .npy files and, last, its record <scene>.json, which becomes its entry in
-    index.json."""
+    """Write one scene's .npy files and, last, its record <scene>.json, its entry in index.json."""
     split, scene = job
     cube, rgb, record, facts = load_scene(scene, settings)
     entry: dict[str, Any] = {
@@ -345,24 +290,20 @@ def stage_scene(job: Job, root: Path, settings: dict[str, Any]) -> None:
         # What is measured against is never rounded.
         dtype = settings["dtype"] if split == "train" else "float32"
         rows, columns = _grid(cube.shape, settings)
-        entry |= cube_facts(cube, (len(rows), len(columns)))
+        entry |= scene_folders.cube_facts(cube, (len(rows), len(columns)))
         entry |= {"dtype": dtype, "cube": f"{split}/{scene.name}.cube.npy"}
         entry["cube_sha256"] = save_array(root / entry["cube"], np.ascontiguousarray(cube, dtype))
     entry["rgb_sha256"] = save_array(root / entry["rgb"], rgb)
-    write_json(root / split / f"{scene.name}.json", entry)
-
-
-# --- the folder
+    common.write_json(root / split / f"{scene.name}.json", entry)
 
 
 def run_jobs(work: Callable, jobs: list, workers: int, what: str) -> Iterator[Any]:
-    """Results of work(job) as they come, from processes that leave Ctrl-C to this one, with a
-    progress bar; an error ends it."""
+    """Results of work(job) as they come, from processes, with a bar; an error ends it."""
     methods = multiprocessing.get_all_start_methods()
     fork = sys.platform == "linux" and "fork" in methods  # where it is safe: it starts faster
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes = min(workers, len(jobs) or 1)
-    with ProcessPoolExecutor(processes, context, begin_worker) as pool:
+    with ProcessPoolExecutor(processes, context, common.begin_worker) as pool:
         futures = [pool.submit(work, job) for job in jobs]
         done = terminal.bar(as_completed(futures), total=len(jobs), desc=what, unit="scene")
         try:
@@ -389,21 +330,19 @@ def _bytes_needed(job: Job, settings: dict[str, Any]) -> int:
 
 
 def _is_done(root: Path, job: Job, settings: dict[str, Any]) -> bool:
-    """An earlier run wrote this scene, from the same raw files, and its own files are as it left
-    them."""
+    """An earlier run wrote this scene from the same raw files, and its files are intact."""
     split, scene = job
     path = root / split / f"{scene.name}.json"
     if not path.exists():
         return False
-    entry = read_json(path)
+    entry = common.read_json(path)
     if entry["source"] != _source(scene, settings):
         return False
-    return is_intact(root, entry)
+    return scene_folders.is_intact(root, entry)
 
 
 def stage(args: argparse.Namespace) -> None:
-    """Raw data set -> staged folder. Scenes that are done are kept, so that a stopped run carries
-    on."""
+    """Raw data set -> staged folder. Scenes that are done are kept: a stopped run carries on."""
     root, jobs = Path(args.output_root), collect_scenes(args)
     for _, scene in jobs:
         check_files(scene, args.render_rgb)
@@ -423,11 +362,10 @@ def stage(args: argparse.Namespace) -> None:
         )
     if left:
         (root / "index.json").unlink(missing_ok=True)  # it speaks of files that will change
-    list(
-        run_jobs(partial(stage_scene, root=root, settings=settings), left, args.workers, "staging")
-    )
-    splits = {split: [read_json(path) for path in paths] for split, paths in records.items()}
-    index = write_index(root, splits, settings, _source_camera(args))
+    work = partial(stage_scene, root=root, settings=settings)
+    list(run_jobs(work, left, args.workers, "staging"))
+    splits = {split: [common.read_json(path) for path in paths] for split, paths in records.items()}
+    index = scene_folders.write_index(root, splits, settings, _source_camera(args))
     contact_sheet(root, index)
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in splits.items())
     patches = sum(entry["patches"] for entry in splits["train"])
@@ -441,10 +379,7 @@ def stage(args: argparse.Namespace) -> None:
 
 def _source_camera(args: argparse.Namespace) -> str | None:
     """The camera of photos that came with a synthetic raw folder."""
-    return synthetic_camera(Path(args.arad_root)) if args.arad_root else None
-
-
-# --- verification
+    return scene_folders.synthetic_camera(Path(args.arad_root)) if args.arad_root else None
 
 
 def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
@@ -473,9 +408,6 @@ def verify(args: argparse.Namespace) -> int:
     problems = sum("  PROBLEM " in row for row in rows)
     print(*rows, f"{len(rows)} scenes, {problems} with problems", sep="\n")
     return 1 if problems else 0
-
-
-# --- command line
 
 
 def _frame_size(text: str) -> tuple[int, int]:
@@ -541,7 +473,7 @@ def _add_photo_flags(parser: CliParser) -> None:
     render_help = "render the missing images, or all"
     add("--render-rgb", nargs="?", const="missing", choices=which, help=render_help)
     encoding_help = "how the photos' light is encoded: NTIRE's are linear (the default), most srgb"
-    add("--rgb-encoding", choices=RGB_ENCODINGS, help=encoding_help)
+    add("--rgb-encoding", choices=scene_folders.RGB_ENCODINGS, help=encoding_help)
     camera_help = (
         f"{', '.join(CAMERAS)} (ordinary photos of reflectance), or a CSV file with rows nm,r,g,b"
     )
@@ -594,4 +526,4 @@ def main(argv: list[str] | None = None) -> int | None:
 if __name__ == "__main__":
     # Through the finally that ends the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_cli(main)
+    common.run_cli(main)

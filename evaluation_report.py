@@ -6,8 +6,6 @@ The page is report_page/template.html with report_page/report.js; here its data 
 what the evaluation wrote: summaries, metrics/, hsi/, photos/ and scale/ of each model's folder.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -69,8 +67,7 @@ def write_report(
 
 
 def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
-    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
-    of clicked pixels."""
+    """One cube (bands, H, W) as a page: photo (H, W, 3) uint8, bands by a slider, spectra."""
     small = _sample(cube, GRID)
     top = float(max(small.max(), 1e-6))
     seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)
@@ -144,8 +141,9 @@ def read_log(path: Path) -> dict[str, list[dict]]:
     lines: dict[str, list[dict]] = {"train": [], "val": []}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            lines[row["kind"]].append(row)
+            if line.endswith("}"):  # the last one of a killed run may be cut
+                row = json.loads(line)
+                lines[row["kind"]].append(row)
     return lines
 
 
@@ -176,9 +174,6 @@ def write_run_figure(folder: Path) -> None:
             places["MRAE"].yaxis.set_major_formatter("{x:g}")
             places["MRAE"].yaxis.set_minor_formatter("{x:g}")
             places["MRAE"].legend(fontsize=8)
-
-
-# --- a scene
 
 
 def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any]:
@@ -219,8 +214,7 @@ def _sample(cube: np.ndarray, most: int) -> np.ndarray:
 
 
 def _packed(cube: np.ndarray, top: float) -> str:
-    """Values from 0 to `top` in LEVELS steps, as differences from band to band, which are small:
-    uint16, deflated, base64."""
+    """Values from 0 to `top` in LEVELS steps, from band to band: uint16, deflated, base64."""
     steps = np.rint(np.clip(cube / top, 0, 1) * (LEVELS - 1)).astype("<u2")
     steps[1:] -= steps[:-1].copy()
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()

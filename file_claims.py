@@ -5,8 +5,6 @@ size, and compressed zeros really have it.
     with open_image(path) as image: ...
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import zipfile

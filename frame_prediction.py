@@ -5,8 +5,6 @@ that fit the memory, and what a forward costs.
     cube, tile = predict(model, source, (height, width), PredictionOptions(), allocate)
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -16,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import terminal
 from checkpoint_files import build_model, load_weights, read_checkpoint
-from common_utils_v32 import UserError
+from common_utils_v32 import UserError, opt
 from compute_devices import first_output, free_cuda_memory, free_memory, is_out_of_memory
 from cube_files import MAPPED_BYTES, release
 
@@ -46,41 +45,47 @@ TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to 
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
 RGB_NORMS = ("per_image", "unit")
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
+_how = partial(opt, group="computing")
 
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
 Allocate = Callable[[int], np.ndarray]  # channels -> an array (channels, H, W) to fill
 Tick = Callable[[float], Any]  # told of pixels that are done
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadOptions:
-    """What a checkpoint may not say."""
+    """What a checkpoint may not say; every field is a flag of sharp_inference.py."""
 
-    ema: bool = True  # averaged weights where there are any
-    model: str | None = None
-    model_size: str = "base"
-    model_options: str = "{}"  # other fields of its configuration, as JSON
-    rgb_norm: str | None = None
-    rgb_encoding: str | None = None  # linear or srgb
-    mst_root: str | None = None  # a checkout of MST++, for its weights
+    ema: bool = _how(True, "averaged weights where there are any")
+    model: str | None = _how(None, "for a checkpoint that does not say", choices=tuple(FACTORIES))
+    model_size: str = _how("base", "with --model")
+    model_options: str = _how("{}", "with --model: other fields of its configuration, JSON")
+    rgb_norm: str | None = _how(None, "for a checkpoint that does not say", choices=RGB_NORMS)
+    rgb_encoding: str | None = _how(
+        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
+    )
+    mst_root: str | None = _how(None, "a checkout of MST++, for its .pth files")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictionOptions:
-    """How a frame is predicted."""
+    """How a frame is predicted; every field is a flag of sharp_inference.py."""
 
-    patch_size: int | None = None  # px, side of a tile; None: the whole frame, or what fits
-    overlap: int | None = None  # px that neighbouring tiles share; None: an eighth of the tile
-    batch_size: int = 1  # tiles in a forward
-    memory_gb: float | None = None  # for activations and output; None: half of what is free
-    amp: bool = False  # bfloat16 autocast
-    ensemble: bool = False  # the mean of the 8 views by rotation and flip
+    patch_size: int | None = _how(
+        None, "side of a tile; default the whole frame if it fits, else what fits"
+    )
+    overlap: int | None = _how(
+        None, "pixels that neighbouring tiles share; default an eighth of the tile"
+    )
+    batch_size: int = _how(1, "tiles in one forward")
+    memory_gb: float | None = _how(None, "for activations and output; default half of the free")
+    amp: bool = _how(False, "bfloat16 autocast")
+    ensemble: bool = _how(False, "mean of the 8 views by rotation and flip")
 
 
 @dataclass
 class Loaded:
-    """A checkpoint ready to use: the module in eval mode, and what is needed to feed it and to read
-    its output."""
+    """A checkpoint ready to use: the module in eval mode, how to feed and read it."""
 
     name: str
     path: str
@@ -97,13 +102,8 @@ class Loaded:
     pixel_bytes: float = 0.0  # that a forward needs for each pixel
 
 
-# --- loading
-
-
 def load_model(
-    spec: str | None = None,
-    device: torch.device | None = None,
-    options: LoadOptions | None = None,
+    spec: str | None = None, device: torch.device | None = None, options: LoadOptions | None = None
 ) -> Loaded:
     """Read CHECKPOINT or NAME=CHECKPOINT, by default the weights that ship, for sRGB photos; a
     pickle that would run code is refused.
@@ -155,9 +155,7 @@ def _split_name(spec: str) -> tuple[str, str]:
     return name or file.stem, path
 
 
-def _identify(
-    checkpoint: dict, state: dict, path: str, options: LoadOptions
-) -> tuple[str, dict[str, Any]]:
+def _identify(checkpoint: dict, state: dict, path: str, options: LoadOptions) -> tuple[str, dict]:
     """Which model a checkpoint holds, and its configuration."""
     kind = checkpoint["model"] or options.model
     config = dict(checkpoint["model_config"] or {})
@@ -230,12 +228,8 @@ def mst_plus_plus(root: str | None) -> nn.Module:
     return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
 
 
-# --- one forward
-
-
 def forward(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Tensor:
-    """(B, 3, h, w) -> (B, bands, h, w) float32, followed by the scale's channels where the model
-    has one."""
+    """(B, 3, h, w) -> (B, bands, h, w) float32, then the scale's channels where there are any."""
     height, width = rgb.shape[-2:]
     if min(height, width) < MIN_SIDE:
         rgb = rgb[..., _mirrored(height)[:, None], _mirrored(width)]
@@ -251,8 +245,7 @@ def forward(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Tensor:
 
 
 def _mirrored(side: int) -> np.ndarray:
-    """Indices that make a side at least MIN_SIDE long, mirrored at its ends as often as it
-    takes."""
+    """Indices that make a side at least MIN_SIDE long, mirrored at its ends."""
     return np.pad(np.arange(side), (0, max(MIN_SIDE - side, 0)), "symmetric")
 
 
@@ -267,8 +260,7 @@ def _forward_once(model: Loaded, rgb: Tensor, options: PredictionOptions) -> Ten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once: a forward's peak memory on any device, without
-    kernels' scratch."""
+    """Counts the bytes of tensors alive at once: a forward's peak, without kernels' scratch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,20 +286,15 @@ def peak_bytes(model: Loaded, rgb: Tensor, options: PredictionOptions | None = N
 
 
 def macs_256(model: Loaded, options: PredictionOptions) -> int:
-    """Multiply-adds of one 256 x 256 frame. A CPU's fast attention counts as 0, so the plain one
-    runs."""
+    """Multiply-adds of a 256 x 256 frame, with plain attention: a CPU's fast one counts as 0."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         forward(model, torch.rand(1, 3, 256, 256), replace(options, ensemble=False))
     return counter.get_total_flops() // 2
 
 
-# --- tiles
-
-
 def tile_offsets(side: int, tile: int, overlap: int) -> list[int]:
-    """First pixels of evenly spaced tiles that cover a side, neighbours sharing at least `overlap`
-    pixels."""
+    """First pixels of evenly spaced tiles that cover a side and share at least `overlap` pixels."""
     if side <= tile:
         return [0]
     count = math.ceil((side - tile) / (tile - overlap)) + 1
@@ -397,7 +384,9 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
         into[:, above:] = tile[:, above:]
 
 
-# --- frames that fit the memory
+def in_memory(size: tuple[int, int]) -> Allocate:
+    """What allocates the output for a frame of `size` (H, W) that memory holds."""
+    return lambda channels: np.empty((channels, *size), np.float32)
 
 
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
@@ -435,24 +424,21 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    height, width = rgb.shape[-2:]
+
+    size = (rgb.shape[-2], rgb.shape[-1])
 
     def source(top: int, bottom: int, left: int, right: int) -> Tensor:
         return rgb[0, :, top:bottom, left:right]
 
-    def allocate(channels: int) -> np.ndarray:
-        return np.empty((channels, height, width), np.float32)
-
     def tiled(tile: int) -> np.ndarray:
-        return blend_tiles(run, source, (height, width), tile, tile // 8, 1, allocate)
+        return blend_tiles(run, source, size, tile, tile // 8, 1, in_memory(size))
 
-    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(height, width)))
+    cube, _ = in_smaller_tiles(tiled, smaller_tile(max(size)))
     return torch.from_numpy(cube)[None]
 
 
 def smaller_tile(tried: int) -> int:
-    """The side to go on with where a tile of `tried` pixels ran out of memory. UserError where it
-    cannot be smaller."""
+    """The side to go on with where `tried` pixels were too much; UserError where none is left."""
     if tried < 2 * MIN_SIDE:
         raise UserError(f"out of memory even with a tile of {tried} px; free some memory")
     patch = tried // 2 // 8 * 8
@@ -465,8 +451,7 @@ def smaller_tile(tried: int) -> int:
 def in_smaller_tiles(
     tiled: Callable[[int], np.ndarray], patch: int, most: int = sys.maxsize
 ) -> tuple[np.ndarray, int]:
-    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out. `most` is
-    the longer side of the image."""
+    """tiled(side of a tile), and that side: `patch`, halved as often as memory runs out."""
     while True:
         try:
             return tiled(patch), patch

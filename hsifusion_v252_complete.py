@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import spectral_layers as layers
 from attention_windows import (
     add_windows,
     along_axis,
@@ -39,20 +40,7 @@ from attention_windows import (
 from checkpoint_files import build_from_checkpoint
 from common_utils_v32 import opt
 from sparse_attention import sparse_attention_topk_streaming
-from spectral_layers import (
-    BASIS_WEIGHT,
-    DropPath,
-    PixelConv,
-    SpectralAttention,
-    SpectralHead,
-    check_image,
-    colour_channels,
-    colour_features,
-    depth_to_space,
-    in_strips,
-    row_strips,
-    space_to_depth,
-)
+from spectral_layers import DropPath, PixelConv, SpectralAttention, SpectralHead, in_strips
 
 SIZES = {
     "tiny": {"base_channels": 48, "depths": (1, 2, 2), "num_heads": (2, 2, 4)},
@@ -76,23 +64,15 @@ class LightningProConfig:
     out_channels: int = _model(31, "bands of the output cube")
     base_channels: int = _model(48, "channels at half resolution; coarser levels are wider")
     depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks per level; a decoder level has one less, at least one"
+        (1, 2, 2), "blocks per level; a decoder has one less, at least one"
     )
-    num_heads: tuple[int, ...] = _model(
-        (2, 2, 4), "attention heads per level, half of them spectral"
-    )
-    window_size: int = _model(
-        8, "side of an attention window, tokens; windows overlap by a quarter"
-    )
+    num_heads: tuple[int, ...] = _model((2, 2, 4), "attention heads per level, half spectral")
+    window_size: int = _model(8, "side of an attention window, tokens; they overlap by a quarter")
     mlp_ratio: float = _model(2.0, "hidden width of an MLP over its input width")
 
     enable_spectral: bool = _feature(True, "give half of the heads to spectral attention")
-    use_sliding_window: bool = _feature(
-        True, "window attention; off: attention over the whole frame"
-    )
-    use_sparse_attention: bool = _feature(
-        False, "whole-frame attention keeps the top tenth of keys"
-    )
+    use_sliding_window: bool = _feature(True, "window attention; off: over the whole frame")
+    use_sparse_attention: bool = _feature(False, "whole-frame attention keeps a tenth of the keys")
     use_moe: bool = _feature(False, "mixture of experts in place of the MLP")
     num_experts: int = _feature(4, "experts of a mixture; each token goes to two")
     use_rope: bool = _feature(True, "rotary positions in windows")
@@ -143,9 +123,6 @@ class LightningProConfig:
         return widths
 
 
-# --- attention
-
-
 class WindowAttention(nn.Module):
     """Attention of some heads in space: in overlapping windows, or over the whole frame."""
 
@@ -169,7 +146,7 @@ class WindowAttention(nn.Module):
     def windows(self, x: Tensor) -> Tensor:
         """In windows, strip by strip of them where no gradient is recorded."""
         (height, width), (window, stride) = x.shape[1:3], (self.window, self.stride)
-        first_strip, _ = row_strips(x, 4 * self.heads * self.head_dim)[0]
+        first_strip, _ = layers.row_strips(x, 4 * self.heads * self.head_dim)[0]
         if first_strip.stop >= height:
             total = self.sum_over_windows(x)[:, :height, :width]
         else:
@@ -196,8 +173,7 @@ class WindowAttention(nn.Module):
         return add_windows(out.transpose(0, 1).reshape(shape), self.stride)
 
     def padding_mask(self, x: Tensor) -> Tensor | None:
-        """True where a window's key is a token of the frame, (B * windows, 1, 1, keys); None where
-        all are."""
+        """True where a window's key is of the frame, (B * windows, 1, 1, keys); or None."""
         sides = x.shape[1:3]
         whole = all(
             side >= self.window and (side - self.window) % self.stride == 0 for side in sides
@@ -213,9 +189,7 @@ class WindowAttention(nn.Module):
     def whole_frame(self, x: Tensor) -> Tensor:
         """Dense, or sparse by exact top-k."""
         batch, height, width, _ = x.shape
-        q, k, v = rearrange(
-            self.qkv(x), "b y x (n h d) -> n b h (y x) d", n=3, h=self.heads
-        ).unbind()
+        q, k, v = rearrange(self.qkv(x), "b y x (n h d) -> n b h (y x) d", n=3, h=self.heads)
         if self.use_rope:
             table = rotary_table(height, width, self.head_dim, x.device)
             q, k = rotate(q, table), rotate(k, table)
@@ -229,8 +203,7 @@ class WindowAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Decoder tokens attend to a skip connection pooled to at most CONTEXT_SIDE^2 tokens; the query
-    path stays."""
+    """Decoder tokens attend to a skip pooled to CONTEXT_SIDE^2 tokens; the query path stays."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -248,9 +221,6 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.to_kv(context), "b n (two h d) -> two b h n d", two=2, h=self.heads)
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(rearrange(out, "b h (y x) d -> b y x (h d)", y=height))
-
-
-# --- blocks
 
 
 class Mlp(nn.Module):
@@ -346,16 +316,12 @@ class LightningProBlock(nn.Module):
 
 
 class TokenGroupNorm(nn.GroupNorm):
-    """GroupNorm of every token on its own, so that its statistics depend on no frame size and on no
-    padding."""
+    """GroupNorm of every token on its own: no statistics of frame size or padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(-1, (self.num_groups, -1))
         normed = F.layer_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
         return torch.addcmul(self.bias, normed, self.weight)
-
-
-# --- model
 
 
 def _norm_linear(dim: int, out: int) -> nn.Sequential:
@@ -374,7 +340,7 @@ class HSIFusionNet(nn.Module):
         blocks = sum(encoder_depths) + sum(decoder_depths)
         drop_rates = (config.drop_path * i / (blocks - 1) for i in range(blocks))
 
-        colours = colour_channels(config.in_channels)
+        colours = layers.colour_channels(config.in_channels)
         self.stem = nn.Linear(4 * colours, widths[0])
         self.stem_mix = depthwise(config, widths[0])
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
@@ -412,9 +378,9 @@ class HSIFusionNet(nn.Module):
 
         ValueError for a wrong number of channels or too small an image."""
         config = self.config
-        check_image(rgb, config.in_channels, config.min_input_size)
+        layers.check_image(rgb, config.in_channels, config.min_input_size)
         x = rgb.permute(0, 2, 3, 1).contiguous()
-        colour = colour_features(x)
+        colour = layers.colour_features(x)
         outputs = [y.permute(0, 3, 1, 2) for y in self.head(x, colour, self.trunk(colour))]
         if not config.use_channels_last:
             outputs = [y.contiguous() for y in outputs]
@@ -422,8 +388,9 @@ class HSIFusionNet(nn.Module):
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        x = in_strips(self._stem, colour, channels=self.stem.out_features)
-        x = in_strips(self._mix, x, channels=self.stem.out_features, halo=1)
+        width = self.stem.out_features
+        x = in_strips(lambda x: self.stem(layers.space_to_depth(x)), colour, channels=width)
+        x = in_strips(lambda x: x + self.stem_mix(x), x, channels=width, halo=1)
         skips = []
         for level, stage in enumerate(self.encoder):
             if level > 0:
@@ -432,20 +399,14 @@ class HSIFusionNet(nn.Module):
             x = self.run(stage, x)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
-            x = depth_to_space(self.up[step](x), *skip.shape[1:3])
+            x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
             if self.config.use_cross_attention:
                 x = self.cross[step](x, skip)
             x = self.run(stage, self.fuse[step](torch.cat([x, skip], dim=-1)))
         return x
 
-    def _stem(self, colour: Tensor) -> Tensor:
-        return self.stem(space_to_depth(colour))
-
-    def _mix(self, x: Tensor) -> Tensor:
-        return x + self.stem_mix(x)
-
     def _halve(self, x: Tensor, down: nn.Module) -> Tensor:
-        return in_strips(lambda x: down(space_to_depth(x)), x, channels=2 * x.shape[3])
+        return in_strips(lambda x: down(layers.space_to_depth(x)), x, channels=2 * x.shape[3])
 
     def run(self, stage: nn.Module, x: Tensor) -> Tensor:
         """The blocks of a stage in turn."""
@@ -461,9 +422,8 @@ class HSIFusionNet(nn.Module):
         self.head.fit(rgb, cube)
 
     def auxiliary_loss(self) -> Tensor:
-        """What keeps the head's spectra smooth, and the experts' balancing loss of the last
-        forward, both weighted."""
-        loss = BASIS_WEIGHT * self.head.basis_loss()
+        """What keeps the head's spectra smooth, and the experts' balancing loss, weighted."""
+        loss = layers.BASIS_WEIGHT * self.head.basis_loss()
         balances = []
         for module in self.modules():
             if isinstance(module, MixtureOfExperts) and module.balance is not None:
@@ -502,9 +462,4 @@ def create_hsifusion_lightning_pro(
 def from_pretrained(path: str, ema: bool = True) -> HSIFusionNet:
     """Model and weights from a checkpoint of the trainer (.ckpt or .safetensors), the averaged
     weights where there are any and `ema` is on. UserError for a file that is none."""
-
-    def create(**config: object) -> HSIFusionNet:
-        settings: dict = config
-        return HSIFusionNet(LightningProConfig(**settings))
-
-    return build_from_checkpoint(path, "hsifusion", create, ema)
+    return build_from_checkpoint(path, "hsifusion", create_hsifusion_lightning_pro, ema)

@@ -4,8 +4,6 @@ table = measured_reflectances()             # (n, 31), 400 to 700 nm
 power = measured_light("FL2")               # (31,), peak 1
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -24,8 +22,7 @@ LAMPS: dict[str, tuple[str, ...]] = {
 
 @functools.cache
 def measured_reflectances() -> np.ndarray:
-    """Reflectances (n, 31): the 99 samples of CIE 224:2017, which stand for 65,000 measured
-    objects, and the patches of colour charts."""
+    """Reflectances (n, 31): the 99 samples of CIE 224:2017, and patches of colour charts."""
     import colour
     from colour.quality.cfi2017 import load_TCS_CIE2017
 

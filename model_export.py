@@ -1,7 +1,5 @@
 """A checkpoint as files for other programs: safetensors, configuration, a card, and ONNX."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -18,7 +18,7 @@ import shutil
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +42,8 @@ _free_buffers: defaultdict[tuple, list[np.ndarray]] = defaultdict(list)
 
 
 def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """RGB values -> float32. `unit` divides uint8 by 255 and uint16 by 65535, so it wants them as
-    stored, or as linear light in [0, 1]; `per_image` maps the whole image's [low, high] to
-    [0, 1]."""
+    """RGB values -> float32. `unit`: over full scale of integers as stored, linear light in [0, 1]
+    as it is; `per_image` maps the whole image's [low, high] to [0, 1]."""
     if rgb_norm == "unit" and rgb.is_floating_point():
         return rgb
     if rgb_norm == "unit":
@@ -168,8 +167,7 @@ def shuffled_pass(count: int, elements: int, key: tuple) -> tuple[np.ndarray, np
 
 class PatchDataset(Dataset[RawBatch]):
     """All patches of the training scenes. An item is the whole batch at (epoch, iteration), so that
-    workers hand over few big tensors; which patches and which augmentation is a function of seed,
-    epoch and sample alone."""
+    workers hand over few big tensors; it is a function of seed, epoch and sample alone."""
 
     def __init__(self, scenes: Scenes, config: DataConfig, mixed: PatchDataset | None = None):
         self.scenes = scenes
@@ -186,16 +184,14 @@ class PatchDataset(Dataset[RawBatch]):
         return int(self.starts[-1])
 
     def place(self, patch: int) -> tuple[int, int, int]:
-        """Number of a patch -> (scene, top, left): scene by scene, row-major in the grid of
-        each."""
+        """Number of a patch -> (scene, top, left), row-major in the grid of each scene."""
         scene = int(np.searchsorted(self.starts, patch, side="right")) - 1
         rows, cols = self.grids[scene]
         row, col = divmod(int(patch - self.starts[scene]), len(cols))
         return scene, rows[row], cols[col]
 
     def samples(self, epoch: int, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-        """Patch numbers and augmentations of this rank's slice of a global batch; the order wraps
-        into new passes."""
+        """Patch numbers and augmentations of this rank's slice of a global batch."""
         config, count = self.config, len(self)
         elements = 8 if config.augment else 1
         first = (iteration * config.world_size + config.rank) * config.batch_size
@@ -221,8 +217,7 @@ class PatchDataset(Dataset[RawBatch]):
         return RawBatch(*(torch.cat(pair) for pair in zip(theirs, mine, strict=True)))
 
     def mixed_in(self, epoch: int, iteration: int) -> int:
-        """How many samples of a batch are of the second set: a share that falls to none, rounded up
-        or down by chance, so that its mean is right."""
+        """How many samples of a batch are of the second set: a falling share, rounded by chance."""
         config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
         done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
         share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))
@@ -246,8 +241,7 @@ class PatchDataset(Dataset[RawBatch]):
 
 
 def dihedral(x: Tensor, code: int) -> Tensor:
-    """Element `code` (0 to 7) of the symmetries of the square, on the first two axes of `x`:
-    flips, then a transpose."""
+    """Element `code` (0 to 7) of the symmetries of the square, on axes 0 and 1 of `x`."""
     flips = [axis for axis in (0, 1) if code >> axis & 1]
     x = x.flip(flips) if flips else x
     return x.transpose(0, 1) if code & 4 else x
@@ -316,8 +310,7 @@ def check_shared_memory(dataset: PatchDataset, workers: int) -> None:
 
 
 class TrainLoader:
-    """Iterates over the RawBatches of one epoch, from the position set, and then stands at the
-    start of the next."""
+    """Iterates over the RawBatches of an epoch from the position set, then of the next."""
 
     def __init__(self, dataset: PatchDataset, config: DataConfig):
         self.dataset = dataset
@@ -379,9 +372,8 @@ class TrainLoader:
         self.set_position(self.epoch + 1)
 
     def spread(self, pixels: int) -> tuple[Tensor, Tensor]:
-        """At least `pixels` pixels where there are so many, as prepare_batch gives them, from
-        patches spread over all scenes, not augmented: the same whatever the seed, the batch size
-        and the ranks."""
+        """At least `pixels` pixels, as prepare_batch gives them, from patches spread over all
+        scenes, not augmented: the same whatever the seed, the batch size and the ranks."""
         count = min(len(self.dataset), math.ceil(pixels / self.config.patch_size**2))
         patches = np.linspace(0, len(self.dataset) - 1, count).round().astype(np.int64)
         return prepare_batch(self.dataset.read(patches, np.zeros(count, np.uint8)))
@@ -455,8 +447,7 @@ def _open_scenes(config: DataConfig, split: str) -> Scenes:
 
 
 def _training_scenes(config: DataConfig) -> Scenes:
-    """Opened, and in RAM where `memory_mode` says so. UserError when that needs more than there
-    is."""
+    """Opened, and in RAM where `memory_mode` says so; UserError where that does not fit."""
     scenes = _open_scenes(config, "train")
     if config.memory_mode != "lazy":
         dtype = "float16" if config.memory_mode == "float16" else "float32"
@@ -477,8 +468,7 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
     """The patches of `mix_root`, if any. UserError where its scenes are not of the same kind."""
     if config.mix_root is None:
         return None
-    other = DataConfig(**{field.name: getattr(config, field.name) for field in fields(DataConfig)})
-    other.data_root, other.mix_root = config.mix_root, None
+    other = replace(config, data_root=config.mix_root, mix_root=None)
     mixed = PatchDataset(_training_scenes(other), other)
     for what, mine, theirs in (
         ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
@@ -493,8 +483,7 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
 
 
 def val_loader(config: DataConfig) -> ValLoader:
-    """Full frames of `val_split`. Targets are float32; float16 ones are refused, except training
-    scenes on request."""
+    """Full frames of `val_split`. Targets are float32, of training scenes float16 on request."""
     scenes = _open_scenes(config, config.val_split)
     if config.val_split != "train" and scenes.dtype == "float16":
         folder = Path(config.data_root) / config.val_split
@@ -529,8 +518,9 @@ class MSTPlusPlusLoss(nn.Module):
 
     def __init__(self, floor: float = 1e-2, floor_start: float | None = None, floor_steps: int = 0):
         super().__init__()
-        if floor <= 0 or (floor_start is not None and floor_start <= 0):
-            raise UserError(f"--train_floor {floor}: the floor of the loss must be above 0")
+        for name, value in (("train_floor", floor), ("train_floor_start", floor_start)):
+            if value is not None and value <= 0:
+                raise UserError(f"--{name} {value}: the floor of the loss must be above 0")
         self.floor = floor
         self.floor_start = floor_start
         self.floor_steps = floor_steps

@@ -3,8 +3,6 @@
 photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -99,9 +97,6 @@ def _shallow_pixels(
     return rgb
 
 
-# --- 16 bits
-
-
 def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Of 16-bit RGB, Pillow gives the high bytes: only the mode of the stored tiles tells."""
     return image.mode.startswith("I") or ";16" in str(image.tile)
@@ -132,9 +127,6 @@ def _low_bytes(mode: str) -> str | None:
     if mode.endswith(";16B"):
         return mode[:-1] + "L"
     return mode[:-1] + "B" if mode.endswith(";16L") else None
-
-
-# --- what a file says of itself
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -5,8 +5,6 @@ this room.
     write_tiff(Path("leaf.tif"), cube, [400.0, 410.0])   # (bands, H, W)
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 from collections.abc import Iterable
@@ -77,9 +75,6 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
     return nm.tolist()
 
 
-# --- ENVI
-
-
 def envi_header(path: Path) -> dict[str, str]:
     """The fields of an ENVI header by their names in small letters; lists without their braces."""
     text = path.read_bytes().decode("utf-8", errors="replace")
@@ -120,8 +115,7 @@ def _named_centres(names: Iterable[str]) -> tuple[list[float], str]:
 
 
 def envi_data_file(path: Path) -> Path:
-    """The data of an ENVI header: the file of its name without .hdr, else with a usual suffix; gzip
-    may be around it."""
+    """The data of an ENVI header: named as it without .hdr, or with a usual suffix; gzip too."""
     own = "." + envi_header(path).get("interleave", "").lower()
     for suffix in (*ENVI_SUFFIXES[:-3], own, *ENVI_SUFFIXES[-3:]):
         for ending in (suffix, suffix.upper(), suffix + ".gz"):
@@ -228,9 +222,6 @@ def to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
         values[stored == facts.no_data] = np.nan
     values /= np.float32(facts.factor)
     return values
-
-
-# --- TIFF
 
 
 def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:

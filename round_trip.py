@@ -1,7 +1,5 @@
 """How well a predicted cube explains the photo that it came from: rendered back, and compared."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +18,7 @@ AMPLIFIED = 8  # times, the difference in the picture
 
 
 def camera_of(model: Loaded) -> tuple[str, np.ndarray]:
-    """Name and weights (bands, 3) of the camera that the checkpoint records; else the response that
-    was fitted in training. UserError where it has neither."""
+    """Name and weights (bands, 3) of the recorded camera, or of the fitted one; or a UserError."""
     name = model.data.get("camera")
     if name:
         with contextlib.suppress(UserError):  # a CSV file that is not here

@@ -5,8 +5,6 @@ arrays, whole or patch by patch; and how a staged one is written.
     frame = StagedScenes(Path("data/staged"), "val").arrays(0)
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -22,26 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import cube_files
 import terminal
 from camera_colour import SRGB
 from common_utils_v32 import UserError, atomic_write, read_json, write_json
 from compute_devices import Ranks, free_memory
-from cube_files import (
-    CUBE_SUFFIXES,
-    RGB_SUFFIXES,
-    StoredCube,
-    bands_known,
-    check_cube,
-    check_wavelengths,
-    find_stored_cube,
-    is_system_file,
-    read_cube,
-    read_rgb,
-    read_wavelengths,
-    read_window,
-    reading,
-    scene_name,
-)
+from cube_files import CUBE_SUFFIXES, RGB_SUFFIXES, is_system_file, read_cube, reading, scene_name
 from file_claims import open_image
 
 BLOCK_BYTES = 4 << 20  # of a file that are hashed at once
@@ -97,8 +81,7 @@ def find_scenes(root: str | Path) -> dict[str, list[Scene]]:
 
 
 def read_split_list(path: Path) -> list[str]:
-    """Scene names of a list file, one a line, with or without a last newline, in any line ending,
-    with or without a suffix."""
+    """Scene names of a list file, one a line, in any line ending, with or without a suffix."""
     with reading(path, "a list of scenes"):
         text = path.read_text(encoding="utf-8-sig")
     names: list[str] = []
@@ -116,8 +99,7 @@ def read_split_list(path: Path) -> list[str]:
 
 
 def check_scene_name(name: Any, source: Path) -> None:
-    """UserError unless a scene's name, written in `source`, can be a file's: files are called by
-    it, and must not come to lie elsewhere."""
+    """UserError unless a scene's name, written in `source`, can be a file's in its folder."""
     plain = isinstance(name, str) and name.isprintable() and PureWindowsPath(name).name == name
     if not plain or name.startswith(".") or not 0 < len(name.encode()) <= LONGEST_NAME:
         shown = repr(name)[:60]
@@ -153,8 +135,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 def find_folder_scenes(root: Path, leave_out: Sequence[Path] = ()) -> list[Scene]:
     """The cubes in a folder but for those to leave out, each with the image of its name anywhere
-    below. CAVE has <scene>_ms/<scene>_ms_01.png, often in a second folder of that name, and
-    <scene>_RGB.bmp."""
+    below: of CAVE <scene>_ms/<scene>_ms_01.png, a folder deeper often, and <scene>_RGB.bmp."""
     apart = [path.resolve() for path in leave_out]
     cubes: dict[str, list[Path]] = {}
     for path in root.iterdir():
@@ -258,8 +239,7 @@ class Scenes:
         return frame.rgb_range
 
     def into_ram(self, dtype: str, copies: int) -> None:
-        """Keep all scenes as `dtype`. UserError before anything is read when `copies` of them do
-        not fit beside what runs."""
+        """Keep all scenes as `dtype`; UserError before that where `copies` of them do not fit."""
         pixels = sum(height * width for height, width in self.shapes)
         rgb_bytes = 3 * np.dtype(self.rgb.dtype).itemsize
         needed = copies * pixels * (self.bands * np.dtype(dtype).itemsize + rgb_bytes)
@@ -279,8 +259,7 @@ class Scenes:
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A staged `.npy` as a memory map, which goes away with the array: opening one takes 20 us, so
-    none is kept."""
+    """A staged `.npy` as a memory map. Opening one takes 20 us, so none is kept."""
     with reading(path, "a staged array"):
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -331,7 +310,7 @@ class StagedScenes(Scenes):
             self.entries = index["splits"].get(split, [])
             self.bands = index["bands"]
             self.settings = index.get("settings", {})
-            self.wavelengths = bands_known(index["wavelengths"], self.bands, path)
+            self.wavelengths = cube_files.bands_known(index["wavelengths"], self.bands, path)
             self.rgb = _read_rgb_facts(index, path)
             for entry in self.entries:
                 check_scene_name(entry["name"], path)
@@ -382,7 +361,7 @@ class RawScenes(Scenes):
         self.bands = 0
         self.cube_paths: list[Path] = []
         self.rgb_paths: list[Path] = []
-        self.stored: dict[int, StoredCube] = {}  # the other scenes decode only as a whole
+        self.stored: dict[int, cube_files.StoredCube] = {}  # others decode as a whole
         self.images: dict[int, tuple[np.ndarray, tuple[int, int]]] = {}
         for name, cube_path, rgb_path in find_scenes(root)[split]:
             if cube_path is None:
@@ -396,21 +375,20 @@ class RawScenes(Scenes):
             self._inspect(cube_path, rgb_path)
 
     def _inspect(self, path: Path, rgb_path: Path) -> None:
-        """Note shape, layout and bands of the next scene, from its files' headers where they have
-        them."""
+        """Note shape, layout and bands of the next scene, from headers where there are any."""
         scene = len(self.shapes)
         with reading(rgb_path, "an RGB image"), open_image(rgb_path) as image:
             shape = (image.height, image.width)
         self.shapes.append(shape)
-        stored = find_stored_cube(path, self.key, self.axes, self.bands or None, shape)
+        stored = cube_files.find_stored_cube(path, self.key, self.axes, self.bands or None, shape)
         if stored is not None:
             self.stored[scene] = stored
             self.bands = stored.bands
         elif not self.bands:
             self.bands = self.arrays(scene).cube.shape[2]
-        nm = bands_known(read_wavelengths(path), self.bands, path)
+        nm = cube_files.bands_known(cube_files.read_wavelengths(path), self.bands, path)
         self.wavelengths = self.wavelengths or nm
-        check_wavelengths(nm, self.wavelengths, path)
+        cube_files.check_wavelengths(nm, self.wavelengths, path)
 
     def check_lazy(self) -> None:
         """UserError unless a patch of each scene can be read by itself."""
@@ -424,7 +402,7 @@ class RawScenes(Scenes):
     def image(self, scene: int) -> tuple[np.ndarray, tuple[int, int]]:
         """RGB and its range, from a cache of bounded size: JPEG does not decode in part."""
         if scene not in self.images:
-            rgb = read_rgb(self.rgb_paths[scene])
+            rgb = cube_files.read_rgb(self.rgb_paths[scene])
             kept = sum(image.nbytes for image, _ in self.images.values())
             while self.images and rgb.nbytes + kept > IMAGE_BYTES:
                 oldest, _ = self.images.pop(next(iter(self.images)))
@@ -436,7 +414,7 @@ class RawScenes(Scenes):
         path = self.cube_paths[scene]
         bands, shape = self.bands or None, self.shapes[scene]
         cube = read_cube(path, key=self.key, axes=self.axes, bands=bands, rgb_shape=shape)
-        check_cube(cube, path)
+        cube_files.check_cube(cube, path)
         return Frame(cube, *self.image(scene))
 
     def copy_patch(
@@ -446,14 +424,11 @@ class RawScenes(Scenes):
             return super().copy_patch(scene, top, left, cube, rgb)
         rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
         stored = self.stored[scene]
-        cube[...] = read_window(stored, rows, cols)
-        check_cube(cube, stored.path, constant_bands=False)
+        cube[...] = cube_files.read_window(stored, rows, cols)
+        cube_files.check_cube(cube, stored.path, constant_bands=False)
         image, rgb_range = self.image(scene)
         rgb[...] = image[rows, cols]
         return rgb_range
-
-
-# --- a staged folder, written
 
 
 def save_array(path: Path, array: np.ndarray) -> str:
@@ -465,8 +440,7 @@ def save_array(path: Path, array: np.ndarray) -> str:
 
 
 def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
-    """Shape and statistics by band of a cube (H, W, bands), and its grid of patches (rows,
-    columns)."""
+    """Shape and statistics by band of a cube (H, W, bands), and its grid of patches."""
     return {
         "shape": list(cube.shape),
         "range": [cube.min(), cube.max()],
@@ -481,9 +455,8 @@ def cube_facts(cube: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
 
 
 def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) -> RgbFacts:
-    """How the photos are stored, how their light is encoded, and which camera saw them: `given` the
-    ones that came with the data, the settings' the ones that were rendered; None where unknown or
-    mixed."""
+    """How the photos are stored, how their light is encoded, and which camera saw them: `given`
+    those that came with the data, the settings' the rendered ones; None where unknown or mixed."""
     dtypes: dict[str, str] = {}  # and a photo that has it
     cameras = set()
     for entry in entries:

@@ -17,8 +17,6 @@ For both models: the checkpoint says which. Cubes are written as the model gives
 is one line and exit code 2; the other inputs of a batch are still done.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import re
@@ -40,47 +38,20 @@ from PIL import Image
 from torch import Tensor
 
 import common_utils_v32 as common
+import frame_prediction as prediction
+import spectral_evaluation
 import terminal
 from camera_colour import encode_srgb
 from common_utils_v32 import UserError, opt
-from compute_devices import Ranks, init_process_group, prepare_cuda, use_threads
-from cube_files import (
-    WRITTEN,
-    allocate_array,
-    is_system_file,
-    release,
-    write_cube,
-)
+from compute_devices import Ranks, prepare_cuda, resolve_device, use_threads
+from cube_files import WRITTEN, allocate_array, is_system_file, release, write_cube
 from evaluation_report import write_cube_page, write_report
-from frame_prediction import (
-    FACTORIES,
-    MAX_TILE,
-    MIN_SIDE,
-    SHIPPED_WEIGHTS,
-    Loaded,
-    LoadOptions,
-    PredictionOptions,
-    Source,
-    load_model,
-    macs_256,
-    peak_bytes,
-    predict,
-)
+from frame_prediction import Loaded, LoadOptions, PredictionOptions, Source, load_model, predict
 from model_export import export
 from optimized_dataloader import DataConfig, ValScene, decode_light, normalise_rgb, val_loader
 from photo_files import IMAGE_SUFFIXES, NOT_READ, read_photo
 from round_trip import check_rgb
-from spectral_evaluation import (
-    STRESS,
-    laplace_calibration,
-    mean_metrics,
-    report,
-    scene_bands,
-    scene_metrics,
-    stressed_photo,
-    summarise,
-    write_preview,
-)
+from spectral_evaluation import STRESS, laplace_calibration, report, scene_metrics, stressed_photo
 
 MAX_PIXELS = 500_000_000  # a file may claim any size: Pillow warns above, refuses twice this
 # What decoders raise for a file that they cannot read.
@@ -99,14 +70,13 @@ UNREADABLE = (
 HALF_A_BAND = 5  # nm, of ARAD-1K: how far wavelengths of model and data may differ
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
-files, computing, scoring = (
-    partial(opt, group=group) for group in ("files", "computing", "scoring")
-)
+files, computing = partial(opt, group="files"), partial(opt, group="computing")
+scoring = partial(opt, group="scoring")
 
 
 @dataclass
-class Settings:
-    """The command line; dashes and underscores are both accepted."""
+class FileOptions:
+    """What is read and written."""
 
     checkpoint: list[str] = files(
         [],
@@ -121,35 +91,16 @@ class Settings:
     preview: bool = files(False, "write pictures and a page of clickable spectra beside each cube")
     check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
-    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     overwrite: bool = files(False, "replace existing cubes")
+
+
+@dataclass
+class Settings(LoadOptions, PredictionOptions, FileOptions):
+    """The command line; dashes and underscores are both accepted."""
+
     device: str = computing("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = computing(None, "threads of a CPU (default: all cores)")
-    patch_size: int | None = computing(
-        None, "side of a tile; default the whole frame if it fits, else what fits"
-    )
-    overlap: int | None = computing(
-        None, "pixels that neighbouring tiles share; default an eighth of the tile"
-    )
-    batch_size: int = computing(1, "tiles in one forward")
-    memory_gb: float | None = computing(
-        None, "for activations and output; default half of what is free"
-    )
-    amp: bool = computing(False, "bfloat16 autocast")
-    ensemble: bool = computing(False, "mean of the 8 views by rotation and flip")
-    ema: bool = computing(True, "averaged weights where there are any")
-    model: str | None = computing(
-        None, "for a checkpoint that does not say", choices=tuple(FACTORIES)
-    )
-    model_size: str = computing("base", "with --model")
-    model_options: str = computing("{}", "with --model: other fields of its configuration, as JSON")
-    rgb_norm: str | None = computing(
-        None, "for a checkpoint that does not say", choices=("per_image", "unit")
-    )
-    rgb_encoding: str | None = computing(
-        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
-    )
-    mst_root: str | None = computing(None, "a checkout of MST++, for its .pth files")
+    report: bool = scoring(True, "write report.html beside an evaluation's tables")
     evaluate: bool = scoring(False, "score the scenes of a split")
     stress: bool = scoring(False, "score them under other exposure, noise, JPEG quality, camera")
     export: str | None = scoring(None, "folder for safetensors, configuration, model card and ONNX")
@@ -161,9 +112,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_what_to_do()
-        tile = MAX_TILE if self.patch_size is None else self.patch_size
-        if tile < MIN_SIDE:
-            raise ValueError(f"--patch_size {tile}: at least {MIN_SIDE}")
+        tile = prediction.MAX_TILE if self.patch_size is None else self.patch_size
+        if tile < prediction.MIN_SIDE:
+            raise ValueError(f"--patch_size {tile}: at least {prediction.MIN_SIDE}")
         if self.overlap is not None and not 0 <= self.overlap < tile:
             raise ValueError(f"--overlap {self.overlap}: from 0 to less than --patch_size")
         if self.metric_floor <= 0:
@@ -181,7 +132,7 @@ class Settings:
         if not self.checkpoint:
             if scores or self.export:
                 raise ValueError("--checkpoint is missing")
-            self.checkpoint = [str(SHIPPED_WEIGHTS)]
+            self.checkpoint = [str(prediction.SHIPPED_WEIGHTS)]
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
         if (self.input or scores) and not self.output:
@@ -189,29 +140,15 @@ class Settings:
         if (self.input or self.export) and len(self.checkpoint) > 1:
             raise ValueError("--input and --export take one --checkpoint")
 
-    @property
-    def loading(self) -> LoadOptions:
-        return common.pick_fields(LoadOptions, self)
 
-    @property
-    def prediction(self) -> PredictionOptions:
-        return common.pick_fields(PredictionOptions, self)
-
-
-# --- images
-
-
-def photo_source(
-    rgb: np.ndarray, rgb_norm: str, encoding: str = "linear"
-) -> tuple[Source, int, int]:
-    """A reader of tiles of rgb (H, W, 3) in linear light and in the training normalisation, and its
-    range: the whole image's, never a tile's."""
+def photo_source(rgb: np.ndarray, norm: str, encoding: str = "linear") -> tuple[Source, int, int]:
+    """A reader of rgb's tiles (H, W, 3), linear and normalised, and the whole image's range."""
     low, high = int(rgb.min()), int(rgb.max())
 
     def source(y0: int, y1: int, x0: int, x1: int) -> Tensor:
         light, dark, bright = decode_light(np.array(rgb[y0:y1, x0:x1]), low, high, encoding)
         release(rgb)
-        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), rgb_norm, dark, bright)
+        return normalise_rgb(torch.from_numpy(light).permute(2, 0, 1), norm, dark, bright)
 
     return source, low, high
 
@@ -223,14 +160,10 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     (`model.encoding`). ValueError for any other array."""
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}")
-    height, width = rgb.shape[:2]
+    size = (rgb.shape[0], rgb.shape[1])
     source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
-
-    def allocate(bands: int) -> np.ndarray:
-        return np.empty((bands, height, width), np.float32)
-
-    options = PredictionOptions()
-    cube, _ = predict(model, source, (height, width), options, allocate, channels=model.bands)
+    options, allocate = PredictionOptions(), prediction.in_memory(size)
+    cube, _ = predict(model, source, size, options, allocate, channels=model.bands)
     return cube, model.wavelengths
 
 
@@ -241,7 +174,6 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     for pattern in map(Path, patterns):
         if pattern.is_dir():
             names = sorted(path for path in pattern.iterdir() if not is_system_file(path))
-            names = [path for path in names if not is_system_file(path)]
             found = [path for path in names if path.name.lower().endswith(IMAGE_SUFFIXES)]
             others = [path.name for path in names if path.suffix.lower() in NOT_READ]
             if others:
@@ -257,8 +189,7 @@ def find_inputs(patterns: list[str]) -> list[Path]:
 
 
 def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[list[Path], str]:
-    """Where each cube goes, and its format: `output` itself when it names a cube file, else
-    <output>/<name of the image>."""
+    """Where each cube goes, and its format: `output` where it names a cube file, else in it."""
     kinds = {suffix: name for name, suffix in WRITTEN.items()} | {".img": "envi", ".tiff": "tiff"}
     named = None if output.is_dir() else kinds.get(output.suffix.lower())
     if named and (len(inputs) > 1 or kind not in (None, named)):
@@ -299,7 +230,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
                     model,
                     source,
                     (height, width),
-                    args.prediction,
+                    args,
                     lambda bands: allocate_array((bands, height, width), np.float32, work, copies),
                     channels=model.bands,
                     tick=bar.update,
@@ -314,8 +245,8 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             name = target.with_name(f"{target.stem}_round_trip.png")
             picture = name if args.preview else None
             remarks.append(check_rgb(model, light, cube, lambda: predicted()[0], picture))
-    if min(height, width) < MIN_SIDE:
-        remarks.append(f"mirrored up to {MIN_SIDE} px")
+    if min(height, width) < prediction.MIN_SIDE:
+        remarks.append(f"mirrored up to {prediction.MIN_SIDE} px")
     seconds = time.perf_counter() - start
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
@@ -328,8 +259,9 @@ def write_pictures(
 ) -> None:
     """What --preview asks for, beside the cube."""
     height, width = rgb.shape[:2]
-    points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
-    write_preview(target.with_suffix(""), cube, model.wavelengths, points)
+    points = [(int(x), int(y)) for x, y in (point.split(",") for point in args.points)]
+    points = [(x, y) for x, y in points if x < width and y < height]
+    spectral_evaluation.write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")
     write_cube_page(page, shallow, cube, model.wavelengths)
@@ -352,15 +284,6 @@ def progress(pixels: int, name: str) -> Any:
         leave=False,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {rate_fmt}",
     )
-
-
-def chosen_points(args: Settings) -> list[tuple[int, int]]:
-    """--points as (x, y)."""
-    points = []
-    for point in args.points:
-        x, y = point.split(",")
-        points.append((int(x), int(y)))
-    return points
 
 
 def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
@@ -390,12 +313,8 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
         raise UserError(count + "; ".join(failures))
 
 
-# --- evaluation
-
-
 def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
-    """Score every model on the split, each rank its share of the scenes; rank 0 writes what
-    concerns all of them."""
+    """Score every model on the split, each rank its share; rank 0 writes what concerns all."""
     output = Path(args.output or ".")
     folders = [output / model.name if len(models) > 1 else output for model in models]
     for folder in folders:
@@ -438,7 +357,7 @@ def evaluate_one(
     for scene in terminal.bar(loader, desc=model.name, unit="scene"):
         if not peak:  # this forward also warms up, so that the first one timed is like the others
             corner = scene.rgb[..., : args.patch_size, : args.patch_size]
-            peak = peak_bytes(model, corner, args.prediction)
+            peak = prediction.peak_bytes(model, corner, args)
         mine.append(score(model, scene, args, folder))
     records = sorted(ranks.gather_lists(mine), key=lambda record: record["scene_id"])
     if not ranks.is_main:
@@ -448,10 +367,10 @@ def evaluate_one(
     facts |= {"target_dtype": loader.scenes.dtype, "peak_memory_mb": peak / 2**20}
     rows = []
     for change in stressed[0]:
-        mean = mean_metrics([scene[change] for scene in stressed])
+        mean = spectral_evaluation.mean_metrics([scene[change] for scene in stressed])
         row = {"model": model.name, "change": change}
         rows.append(row | {key: mean[key] for key in ("mrae", "rmse", "sam")})
-    return summarise(records, facts, folder), rows
+    return spectral_evaluation.summarise(records, facts, folder), rows
 
 
 def check_bands(model: Loaded, wavelengths: list[float], data_root: str) -> None:
@@ -469,9 +388,8 @@ def check_bands(model: Loaded, wavelengths: list[float], data_root: str) -> None
 
 
 def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, int | None]:
-    """`forward` of a frame (1, 3, H, W) from the loader, and the tile that it took: None for the
-    whole frame, which it is unless --patch_size or --memory_gb says otherwise, or memory runs
-    out."""
+    """`forward` of the loader's frame (1, 3, H, W), and the tile that it took: None for the whole
+    frame, which it is unless --patch_size, --memory_gb or too little memory says otherwise."""
     height, width = rgb.shape[-2:]
     longer = max(height, width)
     patch = args.patch_size
@@ -481,8 +399,8 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
         model,
         lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1],
         (height, width),
-        args.prediction,
-        lambda channels: np.empty((channels, height, width), np.float32),
+        args,
+        prediction.in_memory((height, width)),
         patch=patch,
     )
     return torch.from_numpy(out), None if tile >= longer else tile
@@ -514,7 +432,7 @@ def score(model: Loaded, scene: ValScene, args: Settings, folder: Path) -> dict:
     if args.stress:
         stress = {"as given": metrics} | score_stressed(model, scene, args)
     return record | {
-        "bands": scene_bands(cube, target, args.metric_floor),
+        "bands": spectral_evaluation.scene_bands(cube, target, args.metric_floor),
         "seconds": seconds,
         "tile": tile,
         "reliability": reliability,
@@ -560,13 +478,13 @@ def describe(model: Loaded, args: Settings) -> dict:
         "metric_floor": args.metric_floor,
         "wavelengths": model.wavelengths,
         "parameters": sum(p.numel() for p in model.module.parameters()),
-        "macs_256": macs_256(model, args.prediction),
+        "macs_256": prediction.macs_256(model, args),
     }
 
 
 def _place(model: Loaded) -> str:
     """Where a model comes from, in words."""
-    if Path(model.path) == SHIPPED_WEIGHTS:
+    if Path(model.path) == prediction.SHIPPED_WEIGHTS:
         return "the weights that ship, trained on synthetic sRGB photos"
     return model.path
 
@@ -575,9 +493,11 @@ def main(argv: list[str] | None = None) -> None:
     args = common.parse_dataclass(Settings, argv, __doc__)
     prepare_cuda()
     use_threads(args.threads)
-    ranks, device = init_process_group(args.device)
+    ranks = Ranks.announced()
+    device = resolve_device(args.device, ranks.local_rank)
+    ranks.join(device)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    models = [load_model(spec, device, args.loading) for spec in args.checkpoint]
+    models = [load_model(spec, device, args) for spec in args.checkpoint]
     for model in models if ranks.is_main else []:
         nm = model.wavelengths
         terminal.say(

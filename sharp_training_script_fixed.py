@@ -16,14 +16,9 @@ On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLIC
 threads wait busily, and two trainers on two cores slow each other tenfold without it.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import math
-import os
-import sys
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,228 +26,99 @@ from torch import nn
 
 import common_utils_v32 as common
 import compute_devices as devices
-import terminal
-from checkpoint_files import load_weights, restoring, save_weights
-from common_utils_v32 import UserError, opt
-from compute_devices import Ranks
-from evaluation_report import write_run_figure
-from frame_prediction import predict_frame
-from optimized_dataloader import (
-    DataConfig,
-    MSTPlusPlusLoss,
-    create_optimized_dataloaders,
-    prepare_batch,
-)
-from sharp_v322_hardened import (
-    COMPILE_MODES,
-    SIZES,
-    SHARPv32,
-    SHARPv32Config,
-    SHARPv32Trainer,
-    create_sharp_v32,
-)
-from spectral_evaluation import scene_figure, scene_metrics, validation_record
-from training_runs import (
-    STOPPED,
-    RunFolder,
-    RunLog,
-    SoundState,
-    StopSignal,
-    check_progress,
-    check_resumed_data,
-    environment_record,
-    keeps_best,
-    rng_state,
-    set_rng_state,
-    start_weights,
-)
+import sharp_v322_hardened as sharp
+from common_utils_v32 import opt
+from optimized_dataloader import DataConfig, prepare_batch
+from sharp_v322_hardened import COMPILE_MODES, SIZES, SHARPv32Config, SHARPv32Trainer
+from training_state import RunState, complete_settings, run_trainer
 
 MODEL = "sharp"
-# How far a run is: attributes of Run that a checkpoint keeps.
-PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")
-FIT_PIXELS = 2**18  # that the linear path is fitted on
-AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
+_data, _model = partial(opt, group="data"), partial(opt, group="model")
+_learn, _speed = partial(opt, group="optimisation"), partial(opt, group="speed")
+_validation, _run = partial(opt, group="validation"), partial(opt, group="run")
 
 
 @dataclasses.dataclass
 class TrainConfig(DataConfig):
     """Settings of a run; every field is a flag, those of the data set's configuration too."""
 
-    data_root: str = opt(
-        "", "staged or raw ARAD-1K folder (default: $HSI_DATA_DIR or ./data/ARAD_1K)", group="data"
-    )
-    batch_size: int = opt(20, "patches per batch and process", group="data")
+    data_root: str = _data("", "staged or raw ARAD-1K (default: $HSI_DATA_DIR or ./data/ARAD_1K)")
+    batch_size: int = _data(20, "patches per batch and process")
 
-    model_size: str = opt(
-        "base", "preset of the model's fields", group="model", choices=tuple(SIZES)
-    )
+    model_size: str = _model("base", "preset of the model's fields", choices=tuple(SIZES))
 
-    epochs: int = opt(300, "length of the run", group="optimisation")
-    accumulate_steps: int = opt(1, "batches per optimizer step", group="optimisation")
-    optimizer: str = opt("adamw", "update rule", group="optimisation", choices=("adamw", "adam"))
-    lr: float = opt(4e-4, "peak learning rate", group="optimisation")
-    eta_min: float = opt(1e-6, "learning rate at the end of the cosine", group="optimisation")
-    warmup_epochs: float = opt(5.0, "epochs of linear warm-up", group="optimisation")
-    weight_decay: float = opt(
-        1e-4, "on weight matrices; never on norms, biases, layer scales", group="optimisation"
-    )
-    gradient_clip: float = opt(1.0, "largest gradient norm; 0 is no clipping", group="optimisation")
-    train_floor: float = opt(
-        1e-3, "smallest denominator of the training MRAE", group="optimisation"
-    )
-    train_floor_start: float | None = opt(
-        None, "its value at first, falling over the warm-up", group="optimisation"
-    )
-    ema_decay: float = opt(
-        0.999, "decay of the averaged weights; 0 is no averaging", group="optimisation"
-    )
-    ema_update_every: int = opt(1, "steps between two updates of the average", group="optimisation")
+    epochs: int = _learn(300, "length of the run")
+    accumulate_steps: int = _learn(1, "batches per optimizer step")
+    optimizer: str = _learn("adamw", "update rule", choices=("adamw", "adam"))
+    lr: float = _learn(4e-4, "peak learning rate")
+    eta_min: float = _learn(1e-6, "learning rate at the end of the cosine")
+    warmup_epochs: float = _learn(5.0, "epochs of linear warm-up")
+    weight_decay: float = _learn(1e-4, "on weight matrices; never on norms, biases, layer scales")
+    gradient_clip: float = _learn(1.0, "largest gradient norm; 0 is no clipping")
+    train_floor: float = _learn(1e-3, "smallest denominator of the training MRAE")
+    train_floor_start: float | None = _learn(None, "its value at first, falling over the warm-up")
+    ema_decay: float = _learn(0.999, "decay of the averaged weights; 0 is no averaging")
+    ema_update_every: int = _learn(1, "steps between two updates of the average")
 
-    use_amp: bool = opt(True, "mixed precision where --amp_dtype gives one", group="speed")
-    amp_dtype: str = opt(
+    use_amp: bool = _speed(True, "mixed precision where --amp_dtype gives one")
+    amp_dtype: str = _speed(
         "auto",
         "auto: on CUDA bf16, or fp16 where that is missing; on a CPU float32",
-        group="speed",
         choices=("auto", "bf16", "fp16"),
     )
-    compile_model: bool | None = opt(
-        None, "torch.compile; by default on for CUDA, or with --compile_mode", group="speed"
+    compile_model: bool | None = _speed(
+        None, "torch.compile; by default on for CUDA, or with --compile_mode"
     )
-    compile_mode: str | None = opt(
-        None, "mode of torch.compile; giving one turns it on", group="speed", choices=COMPILE_MODES
+    compile_mode: str | None = _speed(
+        None, "mode of torch.compile; giving one turns it on", choices=COMPILE_MODES
     )
-    use_channels_last: bool = opt(
-        True, "weights of convolutions in channels_last memory", group="speed"
-    )
-    device: str = opt("auto", "auto, cpu, cuda or cuda:N", group="speed")
-    threads: int | None = opt(None, "threads of a CPU (default: all cores)", group="speed")
-    deterministic: bool = opt(
-        False, "deterministic kernels alone, an error where there is none", group="speed"
-    )
+    use_channels_last: bool = _speed(True, "weights of convolutions in channels_last memory")
+    device: str = _speed("auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = _speed(None, "threads of a CPU (default: all cores)")
+    deterministic: bool = _speed(False, "deterministic kernels alone, an error where there is none")
 
-    val_interval: int = opt(1, "epochs between validations", group="validation")
-    val_crop_border: int = opt(
-        128, "pixels removed on each side before scoring", group="validation"
-    )
-    metric_floor: float = opt(1e-6, "smallest denominator of the reported MRAE", group="validation")
+    val_interval: int = _validation(1, "epochs between validations")
+    val_crop_border: int = _validation(128, "pixels removed on each side before scoring")
+    metric_floor: float = _validation(1e-6, "smallest denominator of the reported MRAE")
 
-    output_dir: str = opt("./experiments", "folder of runs", group="run")
-    experiment_name: str = opt("", "folder of this run (default: sharp)", group="run")
-    resume_from: str | None = opt(
-        None, "checkpoint to go on from; `auto`: last.ckpt if any", group="run"
-    )
-    init_from: str | None = opt(
-        None, "weights to start a new run from, .ckpt or .safetensors", group="run"
-    )
-    log_interval: int = opt(50, "optimizer steps between log lines", group="run")
-    save_minutes: float = opt(10.0, "minutes between saves inside an epoch", group="run")
-    wandb: str | None = opt(None, "mirror the log to this Weights & Biases project", group="run")
+    output_dir: str = _run("./experiments", "folder of runs")
+    experiment_name: str = _run("", "folder of this run (default: sharp)")
+    resume_from: str | None = _run(None, "checkpoint to go on from; `auto`: last.ckpt if any")
+    init_from: str | None = _run(None, "weights to start a new run from, .ckpt or .safetensors")
+    log_interval: int = _run(50, "optimizer steps between log lines")
+    save_minutes: float = _run(10.0, "minutes between saves inside an epoch")
+    wandb: str | None = _run(None, "mirror the log to this Weights & Biases project")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data_root = self.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
-        self.experiment_name = self.experiment_name or MODEL
-        for name in ("epochs", "batch_size", "accumulate_steps", "ema_update_every"):
-            self._check_positive(name)
-        for name in ("val_interval", "log_interval", "lr", "metric_floor"):
-            self._check_positive(name)
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay {self.ema_decay}: must lie in [0, 1)")
-        if not 0 <= self.eta_min <= self.lr:
-            raise ValueError(f"--eta_min {self.eta_min}: must lie between 0 and --lr {self.lr}")
-
-    def _check_positive(self, name: str) -> None:
-        if getattr(self, name) <= 0:
-            raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+        complete_settings(self, MODEL)
 
 
 # The model's fields are flags too; one that is not given keeps the size's value.
 NOT_FLAGS = ("in_channels", "out_channels", "compile_mode", "ema_update_every")
 Settings = dataclasses.make_dataclass(
-    "Settings",
-    common.optional_fields(SHARPv32Config, skip=NOT_FLAGS),
-    bases=(TrainConfig,),
+    "Settings", common.optional_fields(SHARPv32Config, skip=NOT_FLAGS), bases=(TrainConfig,)
 )
 
 
-def learning_rate(step: int, cfg: TrainConfig, steps_per_epoch: int) -> float:
-    """Linear warm-up from above 0, then a cosine to eta_min, where it stays: a pure function of the
-    step."""
-    total = cfg.epochs * steps_per_epoch
-    warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 2)
-    if step < warmup:
-        return cfg.lr * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return cfg.eta_min + 0.5 * (cfg.lr - cfg.eta_min) * (1 + math.cos(math.pi * progress))
+class Run(RunState):
+    """One training run: the model, its step engine, and the loop."""
 
-
-class Run:
-    """One training run: what it trains, how far it is, and the loop."""
-
-    def __init__(
-        self, cfg: TrainConfig, ranks: Ranks, device: torch.device, folder: RunFolder
-    ) -> None:
-        self.cfg, self.ranks, self.device, self.folder = cfg, ranks, device, folder
-        self.stop = StopSignal()
-        resume, state = folder.resume(cfg.resume_from)
-
-        cfg.rank, cfg.world_size = ranks.rank, ranks.world_size
-        cfg.on_gpu = device.type == "cuda"
-        self.train_loader, self.val_loader = create_optimized_dataloaders(cfg)
-        cfg.mix_until = cfg.epochs * len(self.train_loader)
-        self.train_loader.start_workers()
-        ranks.join(device)
-        found = (str(resume), state.get("step") if state else 0)
-        ranks.agree(found, "the checkpoint to go on from")
-        self.say(f"data: {self.train_loader.describe()}")
-        self.iterations = len(self.train_loader)  # batches of an epoch
-        self.steps_per_epoch = math.ceil(self.iterations / cfg.accumulate_steps)
-        rgb = self.train_loader.rgb
-        self.data_facts: dict = {
-            "rgb_norm": cfg.rgb_norm,
-            "rgb_dtype": rgb.dtype,
-            "rgb_encoding": rgb.encoding,
-            "camera": rgb.camera,
-            "wavelengths": list(self.train_loader.wavelengths),
-            "train_floor": cfg.train_floor,
-            "metric_floor": cfg.metric_floor,
-        }
-        warmup_steps = int(cfg.warmup_epochs * self.steps_per_epoch)
-        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup_steps)
-
-        self.make_model(state, resume)
-        self.epoch = self.iteration = self.step = 0
-        self.validated = -1  # the last epoch that was
-        self.best = math.inf
-        self.best_metrics: dict = {}
-        self.metrics: dict = {}
-        if state and resume:
-            with restoring(resume):
-                self.load(state, resume)
-        self.sound = SoundState(self.engine)
-        self.start_log()
-
-    def say(self, text: str) -> None:
-        if self.ranks.is_main:
-            terminal.say(text)
+    kind, parts = MODEL, ("engine",)
 
     def make_model(self, state: dict | None, resume: Path | None) -> None:
         """Model, what wraps it, its step engine and schedule."""
         cfg, device = self.cfg, self.device
         # The same weights on every rank: DDP broadcasts rank 0's, which start at the linear path.
         common.seed_everything(cfg.seed)
-        model = self.create().to(device)
-        if state and resume:
-            load_weights(model, state["state_dict"], resume)
-        elif self.ranks.is_main:
-            rgb, cube = self.train_loader.spread(FIT_PIXELS)
-            rgb, cube = rgb.to(device), cube.to(device)
-            self.say(start_weights(model, MODEL, cfg.init_from, rgb, cube, self.loss_fn))
+        skip = ("compile_mode",)  # the trainer compiles, not the engine
+        self.model = self.create(sharp.create_sharp_v32, SHARPv32Config, skip).to(device)
+        self.place_weights(self.model, state, resume)
         if cfg.use_channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network: nn.Module = model
+            self.model.to(memory_format=torch.channels_last)
+        network: nn.Module = self.model
         if self.ranks.world_size > 1:
-            network = devices.distribute(model, device)
+            network = devices.distribute(self.model, device)
         self.amp = devices.autocast_type(cfg.use_amp, cfg.amp_dtype, device)
         self.compiled = self.compile(network)
         self.engine = SHARPv32Trainer(
@@ -266,11 +132,9 @@ class Run:
             ema_decay=cfg.ema_decay,
             ema_update_every=cfg.ema_update_every,
         )
+        self.average, self.trained = self.engine.average, [self.engine]
         common.seed_everything(cfg.seed + self.ranks.rank)  # dropout differs between ranks
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.engine.optimizer,
-            lambda step: learning_rate(step, cfg, self.steps_per_epoch) / cfg.lr,
-        )
+        self.schedule = self.make_schedule(self.engine.optimizer)
 
     def compile(self, network: nn.Module) -> bool:
         """Compile the network where it is asked for, or pays, and works."""
@@ -287,51 +151,6 @@ class Run:
             mode=cfg.compile_mode,
         )
 
-    def create(self) -> SHARPv32:
-        cfg = self.cfg
-        # The trainer compiles, not the engine.
-        given = common.given_fields(cfg, SHARPv32Config, skip=("compile_mode",))
-        bands = len(self.train_loader.wavelengths)
-        try:
-            model = create_sharp_v32(cfg.model_size, out_channels=bands, **given)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        least = model.config.min_input_size
-        if cfg.patch_size < least:
-            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {least}")
-        return model
-
-    def start_log(self) -> None:
-        """config.json, which --config reads back, the log, and the bar."""
-        cfg = self.cfg
-        fields = dataclasses.fields(cfg)
-        settings = {field.name: getattr(cfg, field.name) for field in fields if field.metadata}
-        settings |= {"compile_model": self.compiled, "use_amp": self.amp is not None}
-        settings["device"] = str(self.device)
-        if self.amp is not None:
-            settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
-        self.settings = settings
-        self.log = RunLog(self.folder.logs, self.ranks, self.step, cfg.wandb, settings)
-        if self.ranks.is_main:
-            common.write_json(self.folder.logs / "config.json", settings)
-        parameters = sum(p.numel() for p in self.engine.model.parameters())
-        bands, compiled = len(self.train_loader.wavelengths), "on" if self.compiled else "off"
-        self.say(
-            f"model: {MODEL} {cfg.model_size}, {parameters / 1e6:.2f} M parameters, {bands} bands; "
-            f"{self.device}, {self.amp or torch.float32}, compile {compiled}; "
-            f"run: {self.folder.logs}"
-        )
-        self.saved_at = time.monotonic()
-        self.bar = terminal.bar(
-            total=cfg.epochs * self.iterations,
-            initial=self.epoch * self.iterations + self.iteration,
-            unit="it",
-            smoothing=0.02,
-            desc="train",
-        )
-
-    # --- the loop
-
     def train(self) -> int:
         """All epochs -> exit code."""
         start, done = time.monotonic(), False
@@ -342,21 +161,10 @@ class Run:
                     break
                 self.epoch, self.iteration = self.epoch + 1, 0
                 self.save("last.ckpt")
-        self.log.close()
-        if not done and self.epoch < self.cfg.epochs:
-            self.save("last.ckpt")
-            last = self.folder.checkpoints / "last.ckpt"
-            self.say(f"stopped by a signal: saved {last}; go on with --resume_from auto")
-            return STOPPED
-        if self.ranks.is_main:
-            self.write_summary(time.monotonic() - start)
-        best = f"best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}"
-        self.say(f"done: {best if math.isfinite(self.best) else 'no validation gave a number'}")
-        return 0
+        return self.finish(done, time.monotonic() - start)
 
     def train_epoch(self) -> bool:
-        """The rest of the epoch; False when a signal stops it, always after a whole optimizer
-        step."""
+        """The rest of the epoch; False when a signal stops it, after a whole optimizer step."""
         cfg = self.cfg
         self.engine.wrapped.train()
         self.train_loader.set_position(self.epoch, self.iteration)
@@ -395,171 +203,18 @@ class Run:
         self.schedule.step()
         self.step += 1
 
-    def log_progress(self) -> None:
-        """One line of metrics.jsonl and the bar's text; the only place where a step waits for the
-        device."""
-        loss, error, steps = self.ranks.sum(self.totals).tolist()
-        self.totals.zero_()
-        if not steps:
-            return  # the gradients of no step were finite
-        loss, error = loss / steps, error / steps
-        now, (then, iteration) = time.monotonic(), self.logged
-        patches = (self.iteration - iteration) * self.cfg.batch_size * self.ranks.world_size
-        speed, memory = patches / (now - then), devices.memory_gb(self.device)
-        values = {"epoch": self.epoch, "loss": loss, "mrae": error, "lr": self.lr}
-        values |= {"grad_norm": self.norm.item(), "patches_per_second": speed}
-        self.log.write("train", self.step, values | {"memory_gb": memory})
-        text = f"loss {loss:.4f} MRAE {error:.4f} lr {self.lr:.1e} {speed:.0f} patches/s"
-        self.bar.set_postfix_str(f"{text} {memory:.1f} GB", refresh=sys.stderr.isatty())
-        self.logged = (now, self.iteration)
-        note = self.sound.follow(self.step, error)
-        if note:
-            self.say(note)
-
-    def asked(self) -> tuple[bool, bool]:
-        """(stop, save) now? All ranks give the same answer."""
-        due = time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes
-        if self.ranks.world_size > 1 and self.step % AGREE_EVERY:
-            return False, False
-        stop, save = self.ranks.any(self.stop.requested, due)
-        return stop, save
-
-    # --- validation
-
-    def validate(self) -> bool:
-        """Where it is due, score full frames with the averaged weights and keep the best; False
-        when a signal stops it."""
-        cfg = self.cfg
-        due = (self.epoch + 1) % cfg.val_interval == 0 or self.epoch + 1 == cfg.epochs
-        if not due or self.validated >= self.epoch:
-            return True
-        scores = self.score_scenes()
-        if self.ranks.any(self.stop.requested)[0]:
-            return False
-        self.metrics = validation_record(self.ranks.gather_lists(scores))
-        self.validated = self.epoch
-        values = {"epoch": self.epoch, "rgb_norm": cfg.rgb_norm}
-        self.log.write("val", self.step, values | self.metrics)
-        m = self.metrics
-        self.say(
-            f"epoch {self.epoch + 1}/{cfg.epochs}: MRAE {m['mrae']:.4f}, RMSE {m['rmse']:.4f}, "
-            f"PSNR {m['psnr']:.2f} dB, SAM {m['sam']:.2f} degrees; "
-            f"full frame MRAE {m['mrae_full']:.4f} "
-            f"(floor {cfg.metric_floor:g}, rgb {cfg.rgb_norm})"
-        )
-        if m["mrae"] < self.best:
-            self.best, self.best_metrics = m["mrae"], m
-            self.save("best.ckpt")
-            self.save_best_weights()
-        return True
-
-    @torch.no_grad()
-    def score_scenes(self) -> list[tuple[str, dict]]:
-        """(name, metrics) of this rank's scenes, or of some where a signal stops it; the first one
-        is drawn."""
-        cfg, model = self.cfg, self.averaged_model().eval()
-        scores: list[tuple[str, dict]] = []
-        for scene in self.val_loader:
-            if self.stop.requested:
-                break
-            eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-            with eager:
-                pred = predict_frame(model, scene.rgb, self.device)
-            cube = scene.cube.to(pred.device)
-            metrics = scene_metrics(pred, cube, floor=cfg.metric_floor, border=cfg.val_crop_border)
-            if self.ranks.is_main and not scores:
-                rgb, pred, cube = (x[0].float().cpu() for x in (scene.rgb, pred, cube))
-                figure = scene_figure(rgb, pred, cube, self.data_facts["wavelengths"])
-                self.log.figure("val/scene", self.step, figure)
-            scores.append((scene.name, metrics))
-        return scores
-
-    def averaged_model(self) -> nn.Module:
-        average = self.engine.average
-        return self.engine.model if average is None else average.module
-
-    # --- state
-
-    def save(self, name: str) -> None:
-        """Write a checkpoint with all that a bit-exact resume needs; every rank takes part."""
-        self.train_loader.check.finish(self.ranks)
-        rng = self.ranks.gather(rng_state())
-        self.saved_at = time.monotonic()
-        if not self.ranks.is_main:
-            return
+    def learnt(self) -> dict:
         engine = self.engine.state_dict()
-        state = {
-            "model": MODEL,
-            "model_config": dataclasses.asdict(self.engine.model.config),
-            "data": self.data_facts,
-            "settings": self.settings,
-            "state_dict": engine.pop("state_dict"),
-            "ema": engine.pop("ema"),
-            "engine": engine,
-            "schedule": self.schedule.state_dict(),
-            "rng": rng,
-        }
-        state |= {key: getattr(self, key) for key in PROGRESS}
-        self.folder.save(name, state)
+        weights = {"state_dict": engine.pop("state_dict"), "ema": engine.pop("ema")}
+        return weights | {"engine": engine}
 
-    def save_best_weights(self) -> None:
-        """best.safetensors: the weights that were scored, for inference."""
-        if not self.ranks.is_main:
-            return
-        save_weights(
-            self.folder.checkpoints / "best.safetensors",
-            self.averaged_model().state_dict(),
-            MODEL,
-            dataclasses.asdict(self.engine.model.config),
-            self.data_facts,
-            averaged=self.engine.average is not None,
-        )
-
-    def write_summary(self, seconds: float) -> None:
-        summary = {
-            "settings": self.settings,
-            "model": dataclasses.asdict(self.engine.model.config),
-            "data": self.data_facts,
-            "environment": environment_record(self.device),
-            "steps": self.step,
-            "best_mrae": self.best,
-            "best": self.best_metrics,
-            "last": self.metrics,
-            "seconds": seconds,
-        }
-        common.write_json(self.folder.logs / "summary.json", summary)
-        write_run_figure(self.folder.logs)
-
-    def load(self, state: dict, path: Path) -> None:
-        """Go on from a checkpoint's state; the model's weights are loaded already."""
-        cfg = self.cfg
-        needed = ("settings", "engine", "schedule", "rng", *PROGRESS)
-        check_progress(state, needed, self.iterations, path)
-        check_resumed_data(state["data"], self.data_facts, path)
+    def learn_from(self, state: dict) -> None:
         weights = {"state_dict": state["state_dict"], "ema": state["ema"]}
         self.engine.load_state_dict(state["engine"] | weights)
-        common.restore_schedule(self.schedule, state["schedule"], cfg.lr, cfg.weight_decay)
-        if len(state["rng"]) == self.ranks.world_size:
-            set_rng_state(state["rng"][self.ranks.rank])
-        for key in PROGRESS:
-            setattr(self, key, state[key])
-        if not keeps_best(state["settings"], cfg, self.folder):
-            self.best, self.best_metrics = math.inf, {}
-        place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
-        self.say(f"resumed: {path} at {place}")
 
 
 def main() -> int:
-    cfg = common.parse_dataclass(Settings, description=__doc__)
-    devices.prepare_cuda(cfg.deterministic)
-    devices.use_threads(cfg.threads)
-    ranks = Ranks.announced()
-    device = devices.resolve_device(cfg.device, ranks.local_rank)
-    with devices.errors_in_one_line(device):
-        run = Run(cfg, ranks, device, RunFolder.of(cfg.output_dir, cfg.experiment_name))
-        code = run.train()
-    ranks.leave()
-    return code
+    return run_trainer(Settings, Run, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Features are (B, H, W, C). Shapes: B batch, H W pixels or tokens, C channels, h 
 D head width.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -30,36 +28,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import spectral_layers as layers
 from checkpoint_files import build_from_checkpoint
-from common_utils_v32 import (
-    decay_groups,
-    make_average,
-    make_scaler,
-    opt,
-    restore,
-)
+from common_utils_v32 import decay_groups, make_average, make_scaler, opt, restore
 from sparse_attention import SPARSE_MODES, odd_side, sparse_attention_topk_streaming
-from spectral_layers import (
-    BASIS_WEIGHT,
-    DropPath,
-    PixelConv,
-    SpectralAttention,
-    SpectralHead,
-    check_image,
-    colour_channels,
-    colour_features,
-    depth_to_space,
-    in_strips,
-    space_to_depth,
-)
+from spectral_layers import DropPath, PixelConv, SpectralAttention, SpectralHead, in_strips
 
 SIZES = {
-    "tiny": {
-        "base_dim": 48,
-        "depths": (1, 2, 2),
-        "heads": (1, 1, 2),
-        "rbf_centers_per_head": 24,
-    },
+    "tiny": {"base_dim": 48, "depths": (1, 2, 2), "heads": (1, 1, 2), "rbf_centers_per_head": 24},
     "small": {"base_dim": 80, "depths": (2, 3, 4), "heads": (1, 3, 2)},
     "base": {"base_dim": 112, "depths": (3, 4, 6), "heads": (1, 4, 6)},
     "large": {"base_dim": 176, "depths": (3, 6, 8), "heads": (1, 4, 8)},
@@ -79,12 +55,10 @@ class SHARPv32Config:
     out_channels: int = _model(31, "bands of the cube")
     base_dim: int = _model(48, "channels at half resolution")
     depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks of each level; a decoder has one less, at least 1"
+        (1, 2, 2), "blocks per level; a decoder has one less, at least 1"
     )
     heads: tuple[int, ...] = _model((1, 1, 2), "attention heads of each branch, by level")
-    mlp_ratios: tuple[float, ...] = _model(
-        (2.0, 2.0, 2.0), "hidden width of an MLP over its input's"
-    )
+    mlp_ratios: tuple[float, ...] = _model((2.0, 2.0, 2.0), "hidden width of an MLP over its input")
     drop_path_rate: float = _model(0.0, "chance to drop a branch of the last block, rising to it")
     use_checkpoint: bool = _model(False, "recompute blocks in the backward to save memory")
     min_input_size: int = _model(64, "smallest height and width, pixels")
@@ -104,7 +78,7 @@ class SHARPv32Config:
     sparsemax_pad_value: float | None = _sparse(None, "sparsemax score off the frame; none masks")
     non_negative: bool = _model(True, "clamp the cube at 0, gradients pass")
     basis_weight: float = _model(
-        BASIS_WEIGHT, "weight of the loss that keeps spectra smooth, orthonormal"
+        layers.BASIS_WEIGHT, "weight of the loss of spectra not smooth, orthonormal"
     )
     compile_mode: str | None = _model(
         None, "of torch.compile; where given, the step engine compiles", choices=COMPILE_MODES
@@ -139,16 +113,12 @@ class SHARPv32Config:
 
     @property
     def dims(self) -> list[int]:
-        """Channels of each level, a multiple of 8 for each head of each branch: fast in half
-        precision."""
+        """Channels of each level, a multiple of 8 per head and branch: fast in half precision."""
         dims = []
         for share, heads in zip(LEVEL_WIDTHS, self.heads, strict=False):
             step = 16 * heads
             dims.append(max(1, round(self.base_dim * share / step)) * step)
         return dims
-
-
-# --- layers
 
 
 class ChannelRMSNorm(nn.Module):
@@ -169,9 +139,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class RBFProjection(nn.Module):
-    """Features exp(-gamma |x - c|^2) of a head's normalised queries and keys.
-
-    At the start each is about 0.14."""
+    """Features exp(-gamma |x - c|^2), about 0.14 at first, of a head's normalised q and k."""
 
     def __init__(self, heads: int, width: int, centers: int, key_mode: str) -> None:
         super().__init__()
@@ -193,9 +161,8 @@ class RBFProjection(nn.Module):
         return [(x @ weight - offset).clamp_max(0).exp() for x in xs]
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, N, D) -> (B, h, N, centers), whose product is the score.
-
-        Both are normalised, or a few keys would win everywhere."""
+        """(B, h, N, D) -> (B, h, N, centers), whose product is the score. Both are normalised, or a
+        few keys would win everywhere."""
         q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
         k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
         if self.key_mode == "none":
@@ -284,8 +251,7 @@ class Block(nn.Module):
 
 
 class GatedCrossFusion(nn.Module):
-    """A decoder level takes its skip: as it is, and, gated, by attention of each token to the
-    window of the skip around it."""
+    """A decoder level takes its skip: as it is, and, gated, by attention to windows of it."""
 
     def __init__(self, config: SHARPv32Config, dim: int, heads: int) -> None:
         super().__init__()
@@ -303,9 +269,6 @@ class GatedCrossFusion(nn.Module):
         return x + self.skip(skip) + torch.sigmoid(self.gate(query)) * found
 
 
-# --- model
-
-
 class SHARPv32(nn.Module):
     """See the head of this file. `config` holds its settings."""
 
@@ -318,7 +281,7 @@ class SHARPv32(nn.Module):
         blocks = sum(encoder_depths) + sum(decoder_depths)
         drop_rates = (config.drop_path_rate * i / (blocks - 1) for i in range(blocks))
 
-        self.stem = nn.Linear(4 * colour_channels(config.in_channels), dims[0])
+        self.stem = nn.Linear(4 * layers.colour_channels(config.in_channels), dims[0])
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
         for level, depth in enumerate(encoder_depths):
             if level > 0:
@@ -349,27 +312,26 @@ class SHARPv32(nn.Module):
         )
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """(B, in, H, W) in any memory layout -> (B, out, H, W) float32.
-
-        ValueError for a wrong number of channels or too small an image."""
-        check_image(rgb, self.config.in_channels, self.config.min_input_size)
+        """(B, in, H, W) in any memory layout -> (B, out, H, W) float32. ValueError for a wrong
+        number of channels or too small an image."""
+        layers.check_image(rgb, self.config.in_channels, self.config.min_input_size)
         x = rgb.permute(0, 2, 3, 1).contiguous().float()
-        colour = colour_features(x)
+        colour = layers.colour_features(x)
         (cube,) = self.head(x, colour, self.trunk(colour))
         return cube.permute(0, 3, 1, 2)
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        x = self.stem(space_to_depth(colour))
+        x = self.stem(layers.space_to_depth(colour))
         skips = []
         for level, stage in enumerate(self.encoder):
             if level > 0:
                 skips.append(x)
-                x = self.down[level - 1](space_to_depth(x))
+                x = self.down[level - 1](layers.space_to_depth(x))
             x = self.run(stage, x)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
-            x = depth_to_space(self.up[step](x), *skip.shape[1:3])
+            x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
             x = self.run(stage, self.fuse[step](x, skip))
         return x
 
@@ -412,15 +374,8 @@ def create_sharp_v32(
 def from_pretrained(path: str, ema: bool = True) -> SHARPv32:
     """Model and weights from any checkpoint of the trainer; the averaged weights if there are any
     and `ema` is on. UserError for a file that is none."""
+    return build_from_checkpoint(path, "sharp", create_sharp_v32, ema)
 
-    def create(**config: object) -> SHARPv32:
-        settings: dict = config
-        return SHARPv32(SHARPv32Config(**settings))
-
-    return build_from_checkpoint(path, "sharp", create, ema)
-
-
-# --- step engine
 
 CHECK_EVERY = 50  # steps between two looks of a GPU at the count of skipped ones
 
@@ -489,13 +444,12 @@ class SHARPv32Trainer:
         """Add one batch's part of the gradients; ranks exchange them with the last one.
 
         -> (loss, error), each times the batch's share of the step."""
+        amp = self.amp_dtype
         keep_apart: AbstractContextManager = nullcontext()
         if self.distributed is not None and not last:
             keep_apart = self.distributed.no_sync()
         with keep_apart:
-            with torch.autocast(
-                self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
-            ):
+            with torch.autocast(self.device.type, amp, enabled=amp is not None):
                 cube = self.wrapped(rgb)
             error = self.loss_fn(cube.float(), target)
             loss = error + self.model.auxiliary_loss()
@@ -512,8 +466,7 @@ class SHARPv32Trainer:
             raise FloatingPointError(f"{count} steps in a row had non-finite gradients")
 
     def state_dict(self) -> dict:
-        """Tensors and plain types: what an exact resume needs. `ema` is a state dict of the model,
-        or None."""
+        """What an exact resume needs. `ema`: a state dict of the model, or None."""
         average = {"ema": None, "ema_updates": 0}
         if self.average is not None:
             average = self.average.state_dict()

@@ -31,9 +31,6 @@ TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}
 Shape = tuple[int, ...]
 
 
-# --- operators whose loops stay out of compiled graphs
-
-
 def _register(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor]],
@@ -80,33 +77,22 @@ def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> Non
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (q[-1] + v[-1])
 
     def flops_backward(
-        _: Shape,
-        q: Shape,
-        k: Shape,
-        v: Shape,
-        out: Shape,
-        values: Shape,
-        *settings: Any,
-        out_shape: Any = None,
+        _: Shape, q: Shape, k: Shape, v: Shape, *others: Any, out_shape: Any = None
     ) -> int:
+        settings = others[2:]  # after output and values
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (3 * q[-1] + 2 * v[-1])
 
     register_flop_formula(getattr(torch.ops.hsi, name))(flops)
     register_flop_formula(getattr(torch.ops.hsi, f"{name}_backward"))(flops_backward)
 
 
-# --- exact top-k
-
-
 def keys_to_keep(n: int, ratio: float) -> int:
-    """K = max(1, ceil((1 - ratio) * n)), with room for the rounding of 1 - ratio: 0.9 of 300 keeps
-    30, not 31."""
+    """K = max(1, ceil((1 - ratio) * n)), with room for rounding: 0.9 of 300 keeps 30, not 31."""
     return max(1, math.ceil((1.0 - ratio) * n - 1e-6))
 
 
 def _spans(total: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) pairs that cover range(total), `size` rounded up to ROW_GROUP long; a short
-    tail joins the last."""
+    """(start, stop) pairs that cover range(total), a multiple of ROW_GROUP of about `size` long."""
     size = -(-size // ROW_GROUP) * ROW_GROUP
     starts = list(range(0, total, size))
     if len(starts) > 1 and total - starts[-1] < ROW_GROUP:
@@ -154,8 +140,7 @@ def _kth_largest(scores: Tensor, keep: int) -> Tensor:
 
 
 def _keep_and_softmax_(scores: Tensor, threshold: Tensor) -> Tensor:
-    """In place: softmax over the scores that reach the row's threshold (all ties), exactly 0
-    elsewhere."""
+    """In place: softmax over the scores that reach the row's threshold, 0 elsewhere."""
     below = torch.nextafter(threshold, torch.full_like(threshold, -math.inf))
     # The difference is > 0 exactly where a score reaches the threshold.
     scores.sub_(below.minimum(threshold - torch.finfo(threshold.dtype).tiny))
@@ -203,12 +188,8 @@ def _topk_backward(
 _topk_op = _register("topk_attention", _topk_forward, _topk_backward, lambda k, settings: k[1])
 
 
-# --- local windows
-
-
 def sparsemax(scores: Tensor) -> Tensor:
-    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1, and most
-    entries are exactly 0."""
+    """Sparsemax over the last dimension (Martins and Astudillo, 2016): rows sum to 1."""
     with torch.no_grad():
         ordered = scores.sort(-1, descending=True).values
         rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
@@ -220,8 +201,7 @@ def sparsemax(scores: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of a tile's queries and keys, (1, 1, TILE^2, halo^2): 0 in a
-    query's window, MASKED elsewhere."""
+    """Added to scores of a tile, (1, 1, TILE^2, halo^2): 0 in a query's window, else MASKED."""
     with torch.inference_mode(False):  # a later call may need it for gradients
         halo = torch.arange(TILE + side - 1, device=device)
         offset = halo - torch.arange(TILE, device=device)[:, None]
@@ -288,8 +268,7 @@ class _LocalTiles:
 
     def _overlapping(self, value: Tensor) -> Tensor:
         """The sum of tiles of keys (BH, down, across, size, size, D), TILE from one another, as an
-        image. Neighbours share a border, so they are added in pieces of a tile's size at most, of
-        which no two overlap."""
+        image. Neighbours share a border, so they are added in pieces of which no two overlap."""
         down, across, size = value.shape[1:4]
         below, right = (down - 1) * TILE, (across - 1) * TILE
         part = value.new_zeros(len(value), below + size, right + size, value.shape[5])
@@ -304,8 +283,7 @@ class _LocalTiles:
     def inputs(
         self, step: int, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v of a step, and what its windows and the frame add to the scores. Keys off the
-        frame are zeros."""
+        """q, k, v of a step (keys off the frame are zeros), and what is added to the scores."""
         tiles, rows, columns, padding = self._place(step, self.reach)
         q = self.take(q, step, 0)
         k, v = self.take(k, step, self.reach), self.take(v, step, self.reach)
@@ -381,9 +359,6 @@ _local_op = _register(
 )
 
 
-# --- blocks of keys
-
-
 def _in_blocks(x: Tensor, size: int) -> Tensor:
     """(BH, N, D) -> (BH, blocks, size, D), zeros in the last block's rest."""
     return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
@@ -399,9 +374,8 @@ def _block_attention(
     block_size: int,
     q_block_size: int,
 ) -> Tensor:
-    """Whole blocks of keys for a block of queries, chosen by the product of their means.
-
-    To choose takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
+    """Whole blocks of keys for a block of queries, chosen by the product of their means. To choose
+    takes a hundredth of the products; the gathered keys take N / q_block * K * D."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[0]
     # Small enough that a tenth of the blocks is a choice.
     size = min(block_size, max(ROW_GROUP, min(64, keys // 32)))
@@ -427,9 +401,6 @@ def _block_attention(
 
     out = F.scaled_dot_product_attention(q, gather(k), gather(v), attn_mask=mask, scale=scale)
     return out.flatten(1, 2)[:, :queries]
-
-
-# --- the one entrance
 
 
 def odd_side(window_size: int, name: str) -> int:
@@ -504,7 +475,7 @@ def sparse_attention_topk_streaming(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     in_windows = sparse_mode in ("local", "sparsemax")
     with torch.autocast(q.device.type, enabled=False):  # half precision would move the threshold
-        q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         if in_windows or (sparse_mode == "topk" and k.shape[1] > max_tokens):
             frame, sparse = _check_frame(q, k, spatial_shape), sparse_mode == "sparsemax"
             out = _local_attention(q, k, v, frame, side, scale, sparse, sparsemax_pad_value)
@@ -516,10 +487,6 @@ def sparse_attention_topk_streaming(
             keep = min(keys_to_keep(k.shape[1], sparsity_ratio), k_cap)
             out = _topk_attention(q, k, v, keep, scale, block_size, q_block_size)
     return out.to(dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _local_attention(

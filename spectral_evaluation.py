@@ -6,8 +6,8 @@ defined by the NTIRE 2022 spectral reconstruction challenge (run by the MST++ to
 on MRAE's denominator.
 """
 
-from __future__ import annotations
-
+import csv
+import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -54,9 +54,6 @@ STRESS: dict[str, dict[str, Any]] = {
 }
 
 
-# --- metrics
-
-
 def _pair(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (C, H, W) float64."""
     if pred.shape != target.shape:
@@ -86,8 +83,7 @@ def psnr(pred: Tensor, target: Tensor) -> float:
 
 
 def sam(pred: Tensor, target: Tensor, dark: float = 0.01) -> float:
-    """Mean spectral angle in degrees over the pixels whose mean target is above `dark` (a black one
-    has no angle), or NaN without any."""
+    """Mean spectral angle in degrees over pixels of a mean target above `dark`; NaN without any."""
     pred, target = _pair(pred, target)
     lit = target.mean(dim=0) > dark
     a, b = F.normalize(pred[:, lit], dim=0), F.normalize(target[:, lit], dim=0)
@@ -98,8 +94,7 @@ def sam(pred: Tensor, target: Tensor, dark: float = 0.01) -> float:
 
 
 def ergas(pred: Tensor, target: Tensor) -> float:
-    """Relative dimensionless global error in synthesis (Wald 2000), ratio 1, in percent; bands of
-    mean zero are left out."""
+    """Relative global error in synthesis (Wald 2000), ratio 1, percent; no bands of mean 0."""
     pred, target = _pair(pred, target)
     mean = target.mean(dim=(1, 2))
     squared = (pred - target).square().mean(dim=(1, 2))
@@ -119,9 +114,6 @@ def ssim(pred: Tensor, target: Tensor) -> float:
     return similarity.item()
 
 
-# --- the protocol
-
-
 def crop_border(height: int, width: int, border: int = BORDER) -> tuple[int, int]:
     """Pixels removed at top and bottom, and at left and right, before scoring."""
 
@@ -132,8 +124,7 @@ def crop_border(height: int, width: int, border: int = BORDER) -> tuple[int, int
 
 
 def centre_crop(x: Tensor, border: int = BORDER) -> Tensor:
-    """The protocol's centre: the border removed from the last two dimensions (226 x 256 of
-    482 x 512)."""
+    """The protocol's centre, without the border: 226 x 256 of 482 x 512."""
     height, width = x.shape[-2:]
     rows, columns = crop_border(height, width, border)
     if border < 0 or 2 * rows >= height or 2 * columns >= width:
@@ -152,8 +143,7 @@ def scene_metrics(
     border: int = BORDER,
     with_ssim: bool = False,
 ) -> dict[str, Any]:
-    """All metrics of one scene: of the centre crop, and with `_full` of the whole frame; MRAE with
-    each of FLOORS too."""
+    """All metrics of a scene: of the centre crop, `_full` of the frame; MRAE by FLOORS too."""
     result: dict[str, Any] = {}
     cropped = centre_crop(pred, border), centre_crop(target, border)
     for suffix, (p, t) in {"": cropped, "_full": (pred, target)}.items():
@@ -210,12 +200,8 @@ def laplace_calibration(
     return inside, [scales, errors]
 
 
-# --- over scenes
-
-
 def mean_metrics(scenes: list[dict]) -> dict[str, float]:
-    """Mean over scenes of every number that scene_metrics gives; a black scene has no angle and is
-    left out of SAM's."""
+    """Means over scenes of scene_metrics' numbers; black scenes, without an angle, not in SAM's."""
     means = {}
     for name, value in scenes[0].items():
         if isinstance(value, float):
@@ -227,8 +213,7 @@ def mean_metrics(scenes: list[dict]) -> dict[str, float]:
 def bootstrap_interval(
     values: list[float], samples: int = SAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over scenes; a NaN (SAM of a scene without a lit pixel)
-    is left out."""
+    """95 % bootstrap interval of the mean over scenes but for NaN (SAM of a black one)."""
     numbers = np.asarray(values, float)
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
@@ -239,15 +224,11 @@ def bootstrap_interval(
 
 
 def validation_record(scores: list[tuple[str, dict]]) -> dict[str, Any]:
-    """The mean over (name, metrics) of all scenes, in whatever order they come, with the interval
-    of MRAE."""
+    """The mean over (name, metrics) of all scenes, in any order, and the interval of MRAE."""
     scenes = [metrics for _, metrics in sorted(scores, key=lambda score: score[0])]
     record: dict[str, Any] = dict(mean_metrics(scenes))
     record["mrae_interval_95"] = list(bootstrap_interval([scene["mrae"] for scene in scenes]))
     return record | {"border": scenes[0]["border"], "scenes": len(scenes)}
-
-
-# --- stress
 
 
 def stressed_photo(
@@ -260,17 +241,13 @@ def stressed_photo(
     camera: str = "analytic",
     **recipe: Any,
 ) -> np.ndarray:
-    """The photo (H, W, 3) uint8 of a scene's cube (H, W, bands), made again with one of STRESS.
-
-    The mean signal is `exposure` times `mean_signal` of full scale; `name` seeds the noise."""
+    """The photo (H, W, 3) uint8 of a scene's cube (H, W, bands), made again with one of STRESS. The
+    mean signal is `exposure` times `mean_signal` of full scale; `name` seeds the noise."""
     response = camera_response(camera, wavelengths)
     gain = exposure * mean_signal / float((cube @ response).mean())
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     photo, _ = render_rgb(cube, response, rng=rng, exposure=gain, **recipe)
     return photo
-
-
-# --- summary of an evaluation
 
 
 def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
@@ -316,11 +293,10 @@ def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
 
 
 def _csv(rows: list[dict]) -> str:
-    lines = [",".join(rows[0])]
-    for row in rows:
-        cells = [f'"{value}"' if "," in str(value) else str(value) for value in row.values()]
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([list(rows[0]), *(list(row.values()) for row in rows)])
+    return text.getvalue()
 
 
 def markdown_table(rows: list[dict]) -> str:
@@ -333,8 +309,7 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def report(summaries: list[dict], stress: list[dict], output: Path) -> None:
-    """Write table.md, for several models summary.json, and stress.* where there are rows of it;
-    print the tables."""
+    """Write table.md, of several models summary.json, stress.* if any; print the tables."""
     first = summaries[0]
     header = (
         f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], "
@@ -370,9 +345,6 @@ def _headline_row(summary: dict) -> dict[str, str]:
     return row
 
 
-# --- figures
-
-
 @contextmanager
 def figure(path: str | Path, columns: int, width: float, height: float) -> Iterator[np.ndarray]:
     """Axes in a row to draw on, width and height in inches; written as PNG in the end."""
@@ -391,8 +363,7 @@ def save_figure(sheet: Any, path: str | Path) -> None:
 def scene_figure(
     rgb: Tensor, pred: Tensor, target: Tensor, wavelengths: list[float], title: str = "RGB"
 ) -> Any:
-    """A matplotlib figure of one scene, all (C, H, W): a picture, the prediction rendered, its
-    error, and spectra."""
+    """A matplotlib figure of a scene, all (C, H, W): picture, prediction, error, spectra."""
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(16, 4), layout="constrained")

@@ -5,8 +5,6 @@ Images inside the models are (B, H, W, C): a pixel's channels are one row of a l
 and the image is a channels_last one to a convolution, with no copy between the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -31,13 +29,8 @@ BASIS_RANK = 12
 BASIS_WEIGHT = 0.01  # of the loss that keeps those spectra smooth and orthonormal
 
 
-# --- regularisation and resolution
-
-
 class DropPath(nn.Module):
-    """Drops a residual branch per sample with probability p, and scales the rest by 1 / (1 - p).
-
-    Stochastic depth, Huang et al. 2016."""
+    """Drops a branch per sample with probability p, else scales it (Huang et al. 2016)."""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
@@ -85,9 +78,6 @@ def check_image(rgb: Tensor, channels: int, least_side: int) -> None:
         )
 
 
-# --- strips of rows
-
-
 def row_strips(x: Tensor, channels: int, halo: int = 0) -> list[tuple[slice, slice]]:
     """Rows of x (B, H, W, C) to read, and which of the rows read to keep, strip by strip.
 
@@ -128,9 +118,6 @@ def in_strips(function: Callable[..., Tensor], *xs: Tensor, channels: int, halo:
     return out
 
 
-# --- colour
-
-
 def brightness(x: Tensor) -> Tensor:
     """Mean of the channels of (B, H, W, C), DARK above 0: (B, H, W, 1)."""
     return x.mean(dim=-1, keepdim=True).clamp_min(0) + DARK
@@ -150,9 +137,6 @@ def colour_features(x: Tensor) -> Tensor:
 def colour_channels(channels: int) -> int:
     """How many features colour_features makes of an image's channels."""
     return 3 * channels + 1
-
-
-# --- spectral attention
 
 
 class SpectralAttention(nn.Module):
@@ -187,9 +171,6 @@ class SpectralAttention(nn.Module):
         return (x.flatten(1, 2) @ frame_map).unflatten(1, x.shape[1:3])
 
 
-# --- the closed-form start
-
-
 def fit_linear_spectral_path(
     rgb: Tensor, cube: Tensor, floor: float = 0.01
 ) -> tuple[Tensor, Tensor]:
@@ -214,9 +195,6 @@ def fit_linear_spectral_path(
     diagonal += 1e-9 * diagonal.mean(dim=1, keepdim=True)
     beta = torch.linalg.solve(gram, moment[..., None])[..., 0]
     return beta[:, :-1].float(), beta[:, -1].float()
-
-
-# --- the head
 
 
 class CameraConsistency(nn.Module):
@@ -252,9 +230,8 @@ class CameraConsistency(nn.Module):
 
     @torch.no_grad()
     def fit(self, rgb: Tensor, cube: Tensor) -> None:
-        """Estimate the camera's smooth response and its noise.
-
-        rgb (B, in, h, w) and cube (B, out, h, w), as in training."""
+        """Estimate the camera's smooth response and its noise. rgb (B, in, h, w) and cube (B, out,
+        h, w), as in training."""
         response = self._fit_response(rgb, cube)
         bands = response.shape[1]
         place = torch.arange(bands, dtype=response.dtype, device=rgb.device) * (31 / bands)
@@ -270,9 +247,8 @@ class CameraConsistency(nn.Module):
         self.noise.copy_(noise[:, None] / (self.PRIOR**2 * variance / variance.mean()))
 
     def _fit_response(self, rgb: Tensor, cube: Tensor) -> Tensor:
-        """The smooth linear response (in, out) that makes rgb of cube, in float64.
-
-        Pixels weigh by 1 / brightness, as a relative error does."""
+        """The smooth linear response (in, out) that makes rgb of cube, in float64. Pixels weigh by
+        1 / brightness, as a relative error does."""
         bands = cube.shape[1]
         x = rearrange(rgb.detach(), "b c h w -> (b h w) c")
         y = rearrange(cube.detach(), "b c h w -> (b h w) c")
@@ -382,9 +358,7 @@ class SpectralHead(nn.Module):
         guide = depth_to_space(self.guide(features), *rgb.shape[1:3])
         pixels = F.gelu(self.pixel_in(colour) + guide)
         pixels = pixels + F.gelu(self.pixel_mix(pixels))
-        with torch.autocast(
-            rgb.device.type, enabled=False
-        ):  # this sum decides the error of the dark
+        with torch.autocast(rgb.device.type, enabled=False):  # it decides the error of the dark
             pixels, rgb = pixels.to(self.basis.dtype), rgb.to(self.basis.dtype)
             outputs = [self._spectra(rgb, pixels)]
             if self.scale is not None:
@@ -407,9 +381,8 @@ class SpectralHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, rgb: Tensor, cube: Tensor) -> None:
-        """Set the direct path to the linear map of least relative error, and learn the camera.
-
-        rgb (B, in, h, w) and cube (B, out, h, w), both as in training."""
+        """Set the direct path to the linear map of least relative error, and learn the camera. rgb
+        (B, in, h, w) and cube (B, out, h, w), both as in training."""
         self.consistency.fit(rgb, cube)
         weight, bias = fit_linear_spectral_path(rgb, cube)
         self.direct.weight.copy_(weight)

@@ -14,8 +14,6 @@ With `neutral` light the cube is reflectance times shading times exposure instea
 light is the same in every band.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from camera_colour import Lobe, blackbody, sum_of_lobes
-from measured_spectra import (
-    DAYLIGHT,
-    LAMPS,
-    WAVELENGTHS,
-    measured_light,
-    measured_reflectances,
-)
+from measured_spectra import DAYLIGHT, LAMPS, WAVELENGTHS, measured_light, measured_reflectances
 
 MATERIALS = 48  # in a scene
 FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
@@ -97,12 +89,8 @@ OUTDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1)
 INDOOR = (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
 
 
-# --- spectra
-
-
 def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
-    """The K/S spectrum of one material: a grey part, a main pigment and often a second one, each a
-    little varied."""
+    """The K/S spectrum of one material: a grey part, a main pigment and often a second one."""
     kind = FAMILIES[family]
     grey = np.exp(rng.uniform(*np.log(kind.grey)))
     ks = grey * (WAVELENGTHS / 550) ** rng.uniform(-0.6, 0.2)
@@ -142,14 +130,12 @@ def _varied(lobes: list[Lobe], rng: np.random.Generator) -> list[Lobe]:
 
 
 def reflectance(ks: np.ndarray) -> np.ndarray:
-    """Kubelka and Munk: reflectance of a thick layer with absorption over scattering K/S, and the
-    surface's own."""
+    """Kubelka and Munk: reflectance of a thick layer of absorption over scattering K/S."""
     return FRESNEL + (1 - FRESNEL) * (1 + ks - np.sqrt(ks * (ks + 2)))
 
 
 def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Direct and ambient light, peak 1: sun and sky, or a phase of daylight; or a lamp or a window,
-    with some daylight."""
+    """Direct and ambient light, peak 1: sun or daylight and sky, or a lamp or window."""
     if outdoor:
         direct = _blackbody_between(5000, 6000, rng)
         if rng.random() < 0.5:
@@ -181,8 +167,7 @@ def _draw_lamp(rng: np.random.Generator) -> np.ndarray:
 
 
 def neutral_light(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The illuminant divided out: direct light of 1, and an ambient one with a slight tint, as
-    surroundings reflect some of it."""
+    """The illuminant divided out: direct light of 1, ambient light with a slight tint."""
     ambient = (WAVELENGTHS / 550) ** rng.normal(0, 0.15)
     return np.ones(31, np.float32), (ambient / ambient.max()).astype(np.float32)
 
@@ -191,9 +176,6 @@ def _blackbody_between(low: float, high: float, rng: np.random.Generator) -> np.
     """Light of a colour temperature between two, in kelvin, peak 1."""
     power = blackbody(WAVELENGTHS, rng.uniform(low, high))
     return power / power.max()
-
-
-# --- shapes and textures
 
 
 def fractal(rng: np.random.Generator, height: int, width: int, power: float) -> np.ndarray:
@@ -254,8 +236,7 @@ class Outline:
 
 
 class Painter:
-    """Paints objects back to front into maps of the frame: which material each pixel shows, its
-    texture, and how much direct, ambient and mirrored light."""
+    """Paints objects back to front into maps of material, texture, and light by its kind."""
 
     def __init__(
         self, rng: np.random.Generator, height: int, width: int, families: np.ndarray

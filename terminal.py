@@ -2,8 +2,6 @@
 the same in every script.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -77,8 +75,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class CliParser(argparse.ArgumentParser):
-    """argparse with dashes and underscores both accepted in flags, defaults in --help, and errors
-    of one line."""
+    """argparse with dashes and underscores alike in flags, defaults in --help, one-line errors."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)

@@ -102,10 +102,8 @@ def start_weights(
     found = checkpoint["model"] or kind
     if found != kind:
         raise UserError(f"--init_from {init_from}: holds {found}, this trains {kind}")
-    weights, own = (
-        without_wrappers(checkpoint["ema"] or checkpoint["state_dict"]),
-        model.state_dict(),
-    )
+    weights = without_wrappers(checkpoint["ema"] or checkpoint["state_dict"])
+    own = model.state_dict()
     other_bands = [name for name in weights if _is_of_other_bands(name, weights, own)]
     for name in other_bands:
         weights[name] = own[name]
@@ -123,8 +121,7 @@ def _is_of_other_bands(name: str, weights: dict, own: dict) -> bool:
 
 @torch.no_grad()
 def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> str:
-    """Fit the direct path and the camera to new data, and keep that only where it lowers the error
-    of the whole network there: a trained gain on another map may be worse."""
+    """Fit the direct path and the camera to new data; keep that where it lowers the loss."""
 
     def error() -> float:
         model.eval()
@@ -135,10 +132,10 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
 
     before, old = {key: value.clone() for key, value in model.state_dict().items()}, error()
     model.fit_spectral_path(rgb, cube)
-    new = error()
-    if new >= old:
+    new, verdict = error(), "kept"
+    if not new < old:  # NaN is no improvement
         model.load_state_dict(before)
-    verdict = "kept" if new < old else "not kept"
+        verdict = "not kept"
     return (
         f"its loss on training patches {old:.4f}; with the linear path fitted anew {new:.4f}, "
         f"{verdict}"
@@ -146,8 +143,7 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
 
 
 def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
-    """Whether the best value of a resumed run is one of this run: of the same data and measure,
-    with its checkpoint in the same folder."""
+    """Whether the best value of a resumed run is of the same data, measure and folder."""
     same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split", *MEASURE))
     return same and (folder.checkpoints / "best.ckpt").exists()
 
@@ -203,8 +199,7 @@ def _copied(state: Any) -> Any:
 
 
 class RunLog:
-    """Writes metrics.jsonl and TensorBoard files, mirrored to Weights & Biases where asked; silent
-    on all ranks but 0."""
+    """Writes metrics.jsonl, TensorBoard files and, where asked, Weights & Biases; on rank 0."""
 
     def __init__(
         self, folder: Path, ranks: Ranks, step: int, wandb_project: str | None, settings: dict
@@ -252,8 +247,7 @@ class RunLog:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drop what a killed run logged after `step`, its last checkpoint: it is made again. The last
-    line may have been cut."""
+    """Drop what a killed run logged after `step`, which is made again, and a line that was cut."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("}\n") and json.loads(line)["step"] <= step:
@@ -322,8 +316,7 @@ def environment_record(device: torch.device | None = None) -> dict:
 
 
 def check_progress(state: dict, needed: tuple[str, ...], iterations: int, path: Path) -> None:
-    """UserError unless a checkpoint is a run's, and stands within an epoch of this many
-    iterations."""
+    """UserError unless a checkpoint is a run's, within an epoch of this many iterations."""
     for key in needed:
         if key not in state:
             raise UserError(f"--resume_from {path}: no run to go on from (no {key})")
@@ -331,10 +324,9 @@ def check_progress(state: dict, needed: tuple[str, ...], iterations: int, path: 
     kinds |= dict.fromkeys(("epoch", "iteration", "step", "validated"), int)
     kinds["best"] = (int, float)
     for key, kind in kinds.items():
-        if not isinstance(state[key], kind) or (kind is int and state[key] < -1):
-            raise UserError(
-                f"--resume_from {path}: damaged, its {key} cannot be {state[key]!r:.40}"
-            )
+        value = state[key]
+        if not isinstance(value, kind) or (kind is int and value < -1):
+            raise UserError(f"--resume_from {path}: damaged, its {key} cannot be {value!r:.40}")
     if state["iteration"] > iterations:
         raise UserError(
             f"--resume_from {path}: stands at iteration {state['iteration']} of an epoch that now "

@@ -1,7 +1,6 @@
 """Shared by all tests: the project root on sys.path, a small raw data set written by h5py and
 Pillow alone, and a small staged one written by NumPy alone."""
 
-import importlib
 import json
 import shutil
 import signal
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # so that tests run well beside other work
 import dataset_setup  # noqa: E402 (the project is on the path now)
 import training_runs  # noqa: E402
+import training_state  # noqa: E402
 from optimized_dataloader import DataConfig, RawBatch  # noqa: E402
 
 BANDS = 31
@@ -66,10 +66,8 @@ def runs_in_this_process(monkeypatch):
     for name in ("HSI_LOG_DIR", "HSI_CKPT_DIR", "HSI_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    for trainer in ("hsifusion_training", "sharp_training_script_fixed"):
-        module = importlib.import_module(trainer)
-        monkeypatch.setattr(module, "scene_figure", lambda *args: None)
-        monkeypatch.setattr(module, "write_run_figure", lambda folder: None)
+    monkeypatch.setattr(training_state, "scene_figure", lambda *args: None)
+    monkeypatch.setattr(training_state, "write_run_figure", lambda folder: None)
     monkeypatch.setattr(training_runs.RunLog, "figure", lambda *args: None)
 
 

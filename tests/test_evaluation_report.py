@@ -211,7 +211,7 @@ def test_a_run_ends_with_a_picture_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", keep)
     for count, axes in ((0, 0), (2, 2), (3, 3)):
         text = "".join(f"{json.dumps(line)}\n" for line in lines[:count])
-        (tmp_path / "metrics.jsonl").write_text(text)
+        (tmp_path / "metrics.jsonl").write_text(text + '{"kind": "tr')  # killed while it wrote
         drawn.clear()
         write_run_figure(tmp_path)
         picture = tmp_path / "run.png"

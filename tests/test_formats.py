@@ -605,7 +605,7 @@ def choice_of_bands(folder, tmp_path):
         index = stage(folder, tmp_path / str(number), "--bands", *choice.split())
         assert index["wavelengths"] == [NM[band] for band in kept]
         assert np.array_equal(staged_cube(tmp_path / str(number)), cube[..., kept])
-    for choice in ("800-900nm", "13", "0", "1-3,900nm"):
+    for choice in ("800-900nm", "13", "0", "1-3,900nm", "3-11.5"):
         refused(
             "--bands .*: none of bands 1 to 12, 450..670 nm",
             stage,

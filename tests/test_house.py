@@ -32,10 +32,11 @@ FLOORS = {
     "model_export": 4,
     "evaluation_report": 4,
     "round_trip": 4,
-    "dataset_setup": 5,
-    "hsifusion_training": 5,
-    "sharp_training_script_fixed": 5,
-    "sharp_inference": 5,
+    "training_state": 5,
+    "dataset_setup": 6,
+    "hsifusion_training": 6,
+    "sharp_training_script_fixed": 6,
+    "sharp_inference": 6,
 }
 WRITERS = ("atomic_write", "temporary_prefix", "to_json")
 OPEN_TO_NEIGHBOURS = {("common_utils_v32", name) for name in ("UserError", "opt", *WRITERS)}
@@ -54,6 +55,7 @@ DATA_CODE = (
     "synthetic_scenes",
     "camera_colour",
     "training_runs",
+    "training_state",
 )
 FILES = sorted(ROOT.glob("*.py"))
 

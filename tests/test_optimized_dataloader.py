@@ -446,6 +446,8 @@ def test_floor_of_the_loss_is_a_function_of_the_step():
 def test_bad_floor_and_shapes_of_the_loss_are_errors():
     with pytest.raises(UserError, match="--train_floor 0"):
         MSTPlusPlusLoss(0)
+    with pytest.raises(UserError, match="--train_floor_start -1"):
+        MSTPlusPlusLoss(0.01, -1)
     with pytest.raises(ValueError, match="differ in shape"):
         MSTPlusPlusLoss()(torch.zeros(2, 31, 4, 4), torch.zeros(1, 31, 4, 4))
 

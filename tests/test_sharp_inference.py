@@ -241,7 +241,7 @@ def test_safetensors_say_whether_their_weights_are_averaged(tmp_path, checkpoint
             path, state["state_dict"], "hsifusion", state["model_config"], state["data"], averaged
         )
         args = inference.Settings(checkpoint=[str(path)], input=["x"], output="y")
-        assert load_model(str(path), torch.device("cpu"), args.loading).weights == (
+        assert load_model(str(path), torch.device("cpu"), args).weights == (
             "ema" if averaged else "raw"
         )
 
@@ -388,7 +388,7 @@ def test_averaged_weights_are_used_unless_declined(tmp_path):
     path = write_checkpoint(tmp_path / "m.ckpt", ema_shift=0.5)
     args = inference.Settings(checkpoint=["x"], export="x")
     loads = [
-        load_model(str(path), torch.device("cpu"), dataclasses.replace(args, ema=ema).loading)
+        load_model(str(path), torch.device("cpu"), dataclasses.replace(args, ema=ema))
         for ema in (True, False)
     ]
     first, second = (model.module.first.weight for model in loads)

@@ -22,6 +22,7 @@ import sharp_inference as inference
 from frame_prediction import FACTORIES
 from spectral_evaluation import (
     STRESS,
+    _csv,
     bootstrap_interval,
     centre_crop,
     crop_border,
@@ -36,6 +37,14 @@ from spectral_evaluation import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_table_keeps_scene_names_with_quotes_and_commas():
+    names = ['leaf "A", wet', 'leaf "B"']
+    rows = [{"scene_id": name, "border": [24, 20], "mrae": 0.25} for name in names]
+    read = list(csv.DictReader(_csv(rows).splitlines()))
+    assert [row["scene_id"] for row in read] == names
+    assert read[0]["border"] == "[24, 20]" and float(read[1]["mrae"]) == 0.25
 
 
 def evaluate(checkpoint, scenes, target, *more):

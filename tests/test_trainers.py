@@ -29,6 +29,7 @@ from common_utils_v32 import UserError
 from compute_devices import Ranks
 from spectral_evaluation import mrae
 from spectral_layers import fit_linear_spectral_path
+from training_state import learning_rate
 
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
@@ -290,7 +291,7 @@ def test_the_average_warms_up_and_does_not_alias_the_weights(trainer, raw_arad, 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw_arad, tmp_path):
-    module, cfg = settings(
+    _, cfg = settings(
         trainer,
         raw_arad,
         tmp_path,
@@ -303,7 +304,7 @@ def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw
         "--eta_min",
         1e-5,
     )
-    rates = [module.learning_rate(step, cfg, 100) for step in range(1500)]
+    rates = [learning_rate(step, cfg, 100) for step in range(1500)]
     assert (
         0 < rates[0] < 1e-4
         and max(rates) == pytest.approx(1e-3, rel=1e-2)
@@ -334,6 +335,9 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
         (["--model_size", "huge"], "tiny, small, base, large"),
         (["--epochs", "0"], "--epochs"),
         (["--no_flag", "1"], "--no_flag"),
+        (["--gradient_clip", "-1"], "--gradient_clip -1.0: must be 0 or above"),
+        (["--weight_decay", "-0.1"], "--weight_decay"),
+        (["--val_crop_border", "-8"], "--val_crop_border"),
     ],
 )
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -1,6 +1,7 @@
 """A run's folder, log, signals and data facts."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,33 @@ import torch
 
 from common_utils_v32 import UserError
 from compute_devices import Ranks
-from training_runs import RunFolder, RunLog, check_resumed_data, rng_state, set_rng_state
+from training_runs import (
+    RunFolder,
+    RunLog,
+    _refit_where_better,
+    check_resumed_data,
+    rng_state,
+    set_rng_state,
+)
+
+
+class Guess(torch.nn.Linear):
+    """A model whose loss is its bias, which a fit of the spectral path makes the next of `fits`."""
+
+    def fit_spectral_path(self, rgb, cube):
+        self.bias.data.fill_(self.fits)
+
+
+@pytest.mark.parametrize(
+    "fits, said, bias", [(0.5, "kept", 0.5), (2.0, "not kept", 1.0), (math.nan, "not kept", 1.0)]
+)
+def test_a_new_fit_of_the_linear_path_is_kept_where_it_helps(fits, said, bias):
+    model, patches = Guess(3, 1), torch.zeros(2, 3)
+    model.bias.data.fill_(1.0)
+    model.fits = fits
+    text = _refit_where_better(model, patches, patches, lambda pred, _: pred.mean())
+    assert text.endswith(f", {said}") and model.bias.item() == bias
+
 
 FACTS = {"rgb_norm": "unit", "rgb_dtype": "uint8", "rgb_encoding": "linear", "wavelengths": [400.0]}
 
