@@ -26,7 +26,7 @@ test: setup
 	$(PY) -m pytest
 
 soak: setup
-	$(PY) -m pytest -m soak --timeout 7200
+	$(PY) -m pytest -vv -m soak --timeout 7200
 
 # Trains what ships in weights/ from nothing; stopped and started again it goes on.
 .PHONY: weights

@@ -27,6 +27,7 @@ ROW_GROUP = 16  # rows and keys of a score tile come in groups: BLAS sums tiny o
 MASKED = -1e30
 # Scores held at a time: 1 MiB is a core's L2 cache, 64 MiB fill a GPU.
 TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}
+KEPT_SCORES = 2**22  # of a mask that is kept for the next step: 16 MiB
 
 Shape = tuple[int, ...]
 
@@ -211,6 +212,25 @@ def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tenso
         return zero.where(near, MASKED).reshape(1, 1, TILE * TILE, -1)
 
 
+@functools.lru_cache(maxsize=8)  # a training step meets the same few again and again
+def _border_scores(
+    window: Tensor,
+    tiles: tuple[int, int],
+    inside: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    off_frame: float,
+) -> Tensor:
+    """The same of each of some tiles (1, tiles, TILE^2, halo^2) at the frame's border, where a key
+    off the frame has off_frame. inside: pixels of the frame that they cover, down and across;
+    padding: those beyond it, left, right, top, bottom."""
+    with torch.inference_mode(False):
+        halo = math.isqrt(window.shape[-1])
+        frame = F.pad(window.new_ones(1, *inside, dtype=torch.bool), padding)
+        frame = frame.unfold(1, halo, TILE).unfold(2, halo, TILE)
+        frame = frame.reshape(1, tiles[0] * tiles[1], 1, -1)
+        return window.where(frame | (window < 0), off_frame)
+
+
 class _LocalTiles:
     """Cuts images (BH, H, W, D) into tiles of TILE x TILE queries, whose keys are those pixels and
     a border `reach` wide. A step is some tiles of a row, or some rows of tiles, as many as the
@@ -229,7 +249,8 @@ class _LocalTiles:
         self.wide, self.high = min(self.columns, tiles), max(1, tiles // self.columns)
         self.parts = -(-self.columns // self.wide)
         self.steps = -(-self.rows // self.high) * self.parts
-        build = _window_scores.__wrapped__ if torch.compiler.is_exporting() else _window_scores
+        self.kept = not torch.compiler.is_exporting()  # a graph holds no tensors of before
+        build = _window_scores if self.kept else _window_scores.__wrapped__
         self.window = build(side, q.device, q.dtype)
 
     def _place(
@@ -289,12 +310,10 @@ class _LocalTiles:
         k, v = self.take(k, step, self.reach), self.take(v, step, self.reach)
         if not any(padding):
             return q, k, v, self.window
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        frame = F.pad(k.new_ones(1, height, width, dtype=torch.bool), padding)
-        frame = frame.unfold(1, self.halo, TILE).unfold(2, self.halo, TILE)
-        frame = frame.reshape(1, tiles[0] * tiles[1], 1, -1)
-        bias = self.window.where(frame | (self.window < 0), self.off_frame)
-        return q, k, v, bias
+        inside = (rows.stop - rows.start, columns.stop - columns.start)
+        kept = self.kept and tiles[0] * tiles[1] * self.window.numel() <= KEPT_SCORES
+        build = _border_scores if kept else _border_scores.__wrapped__
+        return q, k, v, build(self.window, tiles, inside, padding, self.off_frame)
 
     def weights(self, q: Tensor, k: Tensor, bias: Tensor, scale: float, sparse: bool) -> Tensor:
         """Attention weights of a step, (BH, tiles, TILE^2, halo^2)."""
