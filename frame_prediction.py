@@ -74,9 +74,7 @@ class PredictionOptions:
     patch_size: int | None = _how(
         None, "side of a tile; default the whole frame if it fits, else what fits"
     )
-    overlap: int | None = _how(
-        None, "pixels that neighbouring tiles share; default a quarter of the tile"
-    )
+    overlap: int | None = _how(None, "pixels that neighbours share; default a quarter of the tile")
     batch_size: int = _how(1, "tiles in one forward")
     memory_gb: float | None = _how(None, "for activations and output; default half of the free")
     amp: bool = _how(False, "bfloat16 autocast")
@@ -177,9 +175,8 @@ def _build(kind: str, config: dict, state: dict, path: str, options: LoadOptions
     if kind == RIVAL:
         return mst_plus_plus(options.mst_root)
     script, factory = FACTORIES[kind]
-    module: Any = build_model(
-        getattr(importlib.import_module(script), factory), config, state, path
-    )
+    create = getattr(importlib.import_module(script), factory)
+    module: Any = build_model(create, config, state, path)
     channels = module.config.in_channels
     if channels != 3:
         raise UserError(f"{path}: it takes {channels} channels, an image has 3")

@@ -227,8 +227,7 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 scalars[f"{kind}/{name}"] = float(value)
-        for name, number in scalars.items():
-            self.board.add_scalar(name, number, step)
+                self.board.add_scalar(f"{kind}/{name}", float(value), step)
         if self.wandb:
             self.wandb.log(scalars, step=step)
 
