@@ -454,8 +454,7 @@ def predict(
     channels: int | None = None,
     tick: Tick = lambda pixels: None,
 ) -> tuple[np.ndarray, int]:
-    """What `forward` gives for an image of any size (H, W), its first `channels` channels, and the
-    tile that was used. Running out of memory halves the tile."""
+    """`forward` of an image of any size (H, W), its first `channels` channels; the tile used."""
     patch = patch or options.patch_size or plan_tile(model, size, options)
 
     def run(x: Tensor) -> Tensor:

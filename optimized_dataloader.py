@@ -56,8 +56,7 @@ def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float |
 def decode_light(
     rgb: np.ndarray, low: int, high: int, encoding: str
 ) -> tuple[np.ndarray, float, float]:
-    """RGB as stored and its range -> the same in linear light: sRGB becomes float32 in [0, 1],
-    what is linear stays as it is."""
+    """RGB as stored, its range -> in linear light: sRGB as float32 in [0, 1], linear as it is."""
     if encoding == "linear":
         return rgb, low, high
     ends = linear_light(np.array([low, high], rgb.dtype))
@@ -158,8 +157,7 @@ def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # the next batch is of the same pass mostly
 def shuffled_pass(count: int, elements: int, key: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of `count` patches in the order that `key` gives, uint32, and the augmentation of
-    each number, uint8 below `elements`."""
+    """Patch numbers in the order of `key`, uint32, and an augmentation below `elements` of each."""
     rng = np.random.default_rng(key)
     order = rng.permutation(np.arange(count, dtype=np.uint32))
     return order, rng.integers(0, elements, count, dtype=np.uint8)

@@ -225,8 +225,7 @@ class Outline:
         return span(self.y, shape[0]), span(self.x, shape[1])
 
     def axes(self, box: tuple[slice, slice]) -> tuple[np.ndarray, ...]:
-        """dx, dy of the image, own axes u and v, all from the centre, and the distance, which is 1
-        at the edge; in a box of pixels."""
+        """dx, dy of the image, own axes u and v, from the centre; the distance, 1 at the edge."""
         rows, columns = np.ogrid[box]
         dy, dx = rows.astype(np.float32) - self.y, columns.astype(np.float32) - self.x
         cos, sin = float(np.cos(self.angle)), float(np.sin(self.angle))

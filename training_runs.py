@@ -63,8 +63,7 @@ class RunFolder:
         return None, None
 
     def _newest(self, last: Path, previous: Path) -> tuple[Path, dict] | tuple[None, None]:
-        """The newer of two checkpoints that is not damaged. A damaged one is moved out of the way,
-        so that it never takes the place of the one before."""
+        """The newer of two checkpoints that is not damaged; a damaged one is moved away."""
         if last.exists():
             try:
                 return last, read_checkpoint(last)
