@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from camera_colour import Lobe, blackbody, sum_of_lobes
+from camera_colour import Lobe, sum_of_lobes
 from measured_spectra import DAYLIGHT, LAMPS, WAVELENGTHS, measured_light, measured_reflectances
 
 Rng = np.random.Generator
@@ -174,8 +174,10 @@ def neutral_light(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blackbody_between(low: float, high: float, rng: Rng) -> np.ndarray:
-    """Light of a colour temperature between two, in kelvin, peak 1."""
-    power = blackbody(WAVELENGTHS, rng.uniform(low, high))
+    """Planck's law at a colour temperature between two, in kelvin, peak 1."""
+    import colour  # takes 0.7 s
+
+    power = colour.colorimetry.planck_law(WAVELENGTHS * 1e-9, rng.uniform(low, high))
     return power / power.max()
 
 
