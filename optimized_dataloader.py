@@ -405,7 +405,6 @@ class ValLoader:
     def __init__(self, scenes: Scenes, config: DataConfig):
         self.scenes = scenes
         self.wavelengths = scenes.wavelengths
-        self.bands = scenes.bands
         self.rgb = scenes.rgb
         self.rgb_norm = config.rgb_norm
         self.mine = range(config.rank, len(scenes.names), config.world_size)
