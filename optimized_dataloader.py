@@ -181,6 +181,13 @@ class PatchDataset(Dataset[RawBatch]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def iterations(self) -> int:
+        """Batches of an epoch, on each rank."""
+        config = self.config
+        whole_pass = math.ceil(len(self) / (config.batch_size * config.world_size))
+        return config.iterations_per_epoch or whole_pass
+
     def place(self, patch: int) -> tuple[int, int, int]:
         """Number of a patch -> (scene, top, left), row-major in the grid of each scene."""
         scene = int(np.searchsorted(self.starts, patch, side="right")) - 1
@@ -216,8 +223,7 @@ class PatchDataset(Dataset[RawBatch]):
 
     def mixed_in(self, epoch: int, iteration: int) -> int:
         """How many samples of a batch are of the second set: a falling share, rounded by chance."""
-        config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
-        done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
+        config, done = self.config, epoch * self.iterations + iteration
         share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))
         chance = np.random.default_rng((config.seed % 2**64, epoch, iteration, 1)).random()
         return int(share * config.batch_size + chance)
@@ -316,8 +322,6 @@ class TrainLoader:
         self.wavelengths = dataset.scenes.wavelengths
         self.rgb = dataset.scenes.rgb
         self.check = FileCheck([])  # of the files that are read
-        whole_pass = math.ceil(len(dataset) / (config.batch_size * config.world_size))
-        self.iterations = config.iterations_per_epoch or whole_pass
         # (epoch, iteration) still to come; the loader's sampler.
         self.positions: list[tuple[int, int]] = []
         workers = config.num_workers
@@ -358,7 +362,7 @@ class TrainLoader:
         self.positions[:] = [(epoch, number) for number in range(iteration, len(self))]
 
     def __len__(self) -> int:
-        return self.iterations
+        return self.dataset.iterations
 
     def __iter__(self) -> Iterator[RawBatch]:
         try:
