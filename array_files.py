@@ -104,8 +104,7 @@ def _load_v5(path: Path, only: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _collect_v5(name: str, item: np.ndarray, found: dict[str, Any]) -> None:
-    """Note the arrays of numbers in an item: fields of structs as name/field, cells and structs of
-    an array as name/1, name/2 .."""
+    """Note the arrays of numbers in an item: name/field of structs, name/1 .. of cells."""
     if item.dtype.names:
         for field in item.dtype.names:
             _collect_v5(f"{name}/{field}", item[field], found)

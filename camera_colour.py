@@ -62,13 +62,6 @@ def sum_of_lobes(nm: np.ndarray, lobes: Sequence[Lobe]) -> np.ndarray:
     return total
 
 
-def blackbody(nm: np.ndarray, kelvin: float) -> np.ndarray:
-    """Planck's law: spectral radiance at wavelengths nm, in W / (sr m^3)."""
-    import colour
-
-    return colour.colorimetry.planck_law(nm * 1e-9, kelvin)
-
-
 def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
     """Weights (bands, 3) that make R, G and B of a spectrum: band width times sensitivity, with
     the gain at which a perfect white (all bands 1) is 1.

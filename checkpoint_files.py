@@ -29,8 +29,7 @@ DIGEST = "sha256"  # of weights and metadata, in the metadata of a .safetensors 
 
 
 def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
-    """Save tensors and plain types atomically; read_checkpoint reads them without running code.
-    The file that was there before becomes `previous`, where that is given."""
+    """Save tensors and plain types atomically; what was there becomes `previous`, if given."""
     memory = io.BytesIO()  # written to a full disk, torch.save would not say that it is full
     torch.save(state, memory)
 

@@ -182,15 +182,14 @@ def cube_axes(
             return False
         return rgb_shape is None or (height, width) == tuple(rgb_shape[:2])
 
+    usual: tuple[str, ...] = ("hwc", "chw")
     if axes is not None:
-        usual: tuple[str, ...] = (axes,)
-        possible: tuple[str, ...] = (axes,)
-    else:
-        matlab = path.suffix.lower() == ".mat" and h5py.is_hdf5(path)
-        usual = ("cwh",) if matlab else ("hwc", "chw")
-        possible = LAYOUTS
+        usual = (axes,)
+    elif path.suffix.lower() == ".mat" and h5py.is_hdf5(path):
+        usual = ("cwh",)
     found = [layout for layout in usual if fits(layout)]
-    found = found or [layout for layout in possible if fits(layout)]
+    if axes is None and not found:
+        found = [layout for layout in LAYOUTS if fits(layout)]
     if len(found) == 1:
         return found[0]
     stated = f" as --axes {axes}" if axes is not None else ""

@@ -43,7 +43,7 @@ MIN_SIDE = 64
 MAX_TILE = 1024  # px
 TILE_BYTES = 2 << 30  # what activations may take on a CPU when an image has to be tiled anyway
 SCRATCH = 1.3  # memory of a forward over that of its tensors: the kernels' own scratch
-RGB_NORMS = ("per_image", "unit")
+PHOTO_FACTS = {"rgb_norm": ("per_image", "unit"), "rgb_encoding": ("linear", "srgb")}
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 _how = partial(opt, group="computing")
 
@@ -60,9 +60,11 @@ class LoadOptions:
     model: str | None = _how(None, "for a checkpoint that does not say", choices=tuple(FACTORIES))
     model_size: str = _how("base", "with --model")
     model_options: str = _how("{}", "with --model: other fields of its configuration, JSON")
-    rgb_norm: str | None = _how(None, "for a checkpoint that does not say", choices=RGB_NORMS)
+    rgb_norm: str | None = _how(
+        None, "for a checkpoint that does not say", choices=PHOTO_FACTS["rgb_norm"]
+    )
     rgb_encoding: str | None = _how(
-        None, "the same, of its photos' light; else linear", choices=("linear", "srgb")
+        None, "the same, of its photos' light; else linear", choices=PHOTO_FACTS["rgb_encoding"]
     )
     mst_root: str | None = _how(None, "a checkout of MST++, for its .pth files")
 
@@ -74,9 +76,7 @@ class PredictionOptions:
     patch_size: int | None = _how(
         None, "side of a tile; default the whole frame if it fits, else what fits"
     )
-    overlap: int | None = _how(
-        None, "pixels that neighbouring tiles share; default an eighth of the tile"
-    )
+    overlap: int | None = _how(None, "pixels that neighbours share; default an eighth of the tile")
     batch_size: int = _how(1, "tiles in one forward")
     memory_gb: float | None = _how(None, "for activations and output; default half of the free")
     amp: bool = _how(False, "bfloat16 autocast")
@@ -120,9 +120,15 @@ def load_model(
     load_weights(module, state, path)
     bands = int(config.get("out_channels") or module.config.out_channels)
     facts = dict(checkpoint["data"] or {})
-    facts["rgb_norm"] = _rgb_normalisation(facts.get("rgb_norm"), kind, path, options)
+    norm = _photo_fact("rgb_norm", facts, options, path)
+    if norm is None and kind != RIVAL:
+        raise UserError(
+            f"{path}: does not say how its RGB was normalised; give --rgb_norm per_image or unit"
+        )
+    facts["rgb_norm"] = norm or "per_image"
+    # NTIRE's photos are linear.
+    facts["rgb_encoding"] = _photo_fact("rgb_encoding", facts, options, path) or "linear"
     facts["wavelengths"] = _band_centres(facts.get("wavelengths"), bands, path)
-    facts["rgb_encoding"] = _rgb_encoding(facts.get("rgb_encoding"), path, options)
     module.to(device)
     module.to(memory_format=torch.channels_last)
     model = Loaded(
@@ -177,9 +183,8 @@ def _build(kind: str, config: dict, state: dict, path: str, options: LoadOptions
     if kind == RIVAL:
         return mst_plus_plus(options.mst_root)
     script, factory = FACTORIES[kind]
-    module: Any = build_model(
-        getattr(importlib.import_module(script), factory), config, state, path
-    )
+    create = getattr(importlib.import_module(script), factory)
+    module: Any = build_model(create, config, state, path)
     channels = module.config.in_channels
     if channels != 3:
         raise UserError(f"{path}: it takes {channels} channels, an image has 3")
@@ -196,27 +201,14 @@ def _band_centres(recorded: Any, bands: int, path: str) -> list[float]:
     return [float(nm) for nm in recorded]
 
 
-def _rgb_normalisation(recorded: Any, kind: str, path: str, options: LoadOptions) -> str:
-    asked = options.rgb_norm
-    if recorded is not None and (not isinstance(recorded, str) or recorded not in RGB_NORMS):
-        raise UserError(f"{path}: damaged, its rgb_norm is not {' or '.join(RGB_NORMS)}")
-    norm = recorded or asked
-    if norm is None and kind == RIVAL:
-        norm = "per_image"
-    if norm is None:
-        raise UserError(
-            f"{path}: does not say how its RGB was normalised; give --rgb_norm per_image or unit"
-        )
-    if asked not in (None, norm):
-        raise UserError(f"{path}: was trained with --rgb_norm {norm}")
-    return norm
-
-
-def _rgb_encoding(recorded: str | None, path: str, options: LoadOptions) -> str:
-    """As the checkpoint says; of one that does not, as asked, or linear as NTIRE's photos are."""
-    if recorded and options.rgb_encoding not in (None, recorded):
-        raise UserError(f"{path}: was trained with --rgb_encoding {recorded}")
-    return recorded or options.rgb_encoding or "linear"
+def _photo_fact(name: str, facts: dict, options: LoadOptions, path: str) -> str | None:
+    """What a checkpoint says of its photos, rgb_norm or rgb_encoding; else what is asked for."""
+    recorded, asked, choices = facts.get(name), getattr(options, name), PHOTO_FACTS[name]
+    if recorded not in (None, *choices):
+        raise UserError(f"{path}: damaged, its {name} is not {' or '.join(choices)}")
+    if recorded and asked not in (None, recorded):
+        raise UserError(f"{path}: was trained with --{name} {recorded}")
+    return recorded or asked
 
 
 def mst_plus_plus(root: str | None) -> nn.Module:
@@ -472,8 +464,7 @@ def predict(
     channels: int | None = None,
     tick: Tick = lambda pixels: None,
 ) -> tuple[np.ndarray, int]:
-    """What `forward` gives for an image of any size (H, W), its first `channels` channels, and the
-    tile that was used. Running out of memory halves the tile."""
+    """`forward` of an image of any size (H, W), its first `channels` channels; the tile used."""
     patch = patch or options.patch_size or plan_tile(model, size, options)
 
     def run(x: Tensor) -> Tensor:

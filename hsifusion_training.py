@@ -101,13 +101,6 @@ Settings = dataclasses.make_dataclass(
 )
 
 
-def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW; weight decay on matrices and kernels alone."""
-    kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    groups = common.decay_groups(model, cfg.weight_decay)
-    return kind(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-
-
 class Run(RunState):
     """One training run: the model, what trains it, and the loop."""
 
@@ -133,7 +126,9 @@ class Run(RunState):
         self.compiled = self.compile()
         common.seed_everything(cfg.seed + self.ranks.rank)  # dropout differs between ranks
 
-        self.optimizer = make_optimizer(self.model, cfg)
+        kind = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
+        groups = common.decay_groups(self.model, cfg.weight_decay)
+        self.optimizer = kind(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = self.make_schedule(self.optimizer)
         self.scaler = common.make_scaler(device, self.amp)
         self.skipped = torch.zeros((), device=device)  # steps in a row

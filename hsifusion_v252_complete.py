@@ -63,9 +63,7 @@ class LightningProConfig:
     in_channels: int = _model(3, "channels of the input image")
     out_channels: int = _model(31, "bands of the output cube")
     base_channels: int = _model(48, "channels at half resolution; coarser levels are wider")
-    depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks per level; a decoder has one less, at least one"
-    )
+    depths: tuple[int, ...] = _model((1, 2, 2), "blocks per level; a decoder has one less (or 1)")
     num_heads: tuple[int, ...] = _model((2, 2, 4), "attention heads per level, half spectral")
     window_size: int = _model(8, "side of an attention window, tokens; they overlap by a quarter")
     mlp_ratio: float = _model(2.0, "hidden width of an MLP over its input width")
@@ -174,17 +172,15 @@ class WindowAttention(nn.Module):
 
     def padding_mask(self, x: Tensor) -> Tensor | None:
         """True where a window's key is of the frame, (B * windows, 1, 1, keys); or None."""
-        sides = x.shape[1:3]
-        whole = all(
-            side >= self.window and (side - self.window) % self.stride == 0 for side in sides
-        )
+        sides, window, stride = x.shape[1:3], self.window, self.stride
+        whole = all(side >= window and (side - window) % stride == 0 for side in sides)
         if whole and not torch.compiler.is_exporting():  # an exported graph is for any size
             return None
-        settings = (self.window, self.stride, x.device)
+        settings = (window, stride, x.device)
         rows = along_axis(keys_inside, sides[0], *settings)
         columns = along_axis(keys_inside, sides[1], *settings)
         mask = rows[:, None, :, None] & columns[None, :, None, :]
-        return mask.reshape(-1, 1, 1, self.window**2).repeat(x.shape[0], 1, 1, 1)
+        return mask.reshape(-1, 1, 1, window**2).repeat(x.shape[0], 1, 1, 1)
 
     def whole_frame(self, x: Tensor) -> Tensor:
         """Dense, or sparse by exact top-k."""

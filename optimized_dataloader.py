@@ -56,8 +56,7 @@ def normalise_rgb(rgb: Tensor, rgb_norm: str, low: float | Tensor, high: float |
 def decode_light(
     rgb: np.ndarray, low: int, high: int, encoding: str
 ) -> tuple[np.ndarray, float, float]:
-    """RGB as stored and its range -> the same in linear light: sRGB becomes float32 in [0, 1],
-    what is linear stays as it is."""
+    """RGB as stored, its range -> in linear light: sRGB as float32 in [0, 1], linear as it is."""
     if encoding == "linear":
         return rgb, low, high
     ends = linear_light(np.array([low, high], rgb.dtype))
@@ -158,8 +157,7 @@ def _buffer(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 @functools.lru_cache(maxsize=1)  # the next batch is of the same pass mostly
 def shuffled_pass(count: int, elements: int, key: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of `count` patches in the order that `key` gives, uint32, and the augmentation of
-    each number, uint8 below `elements`."""
+    """Patch numbers in the order of `key`, uint32, and an augmentation below `elements` of each."""
     rng = np.random.default_rng(key)
     order = rng.permutation(np.arange(count, dtype=np.uint32))
     return order, rng.integers(0, elements, count, dtype=np.uint8)
@@ -182,6 +180,13 @@ class PatchDataset(Dataset[RawBatch]):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def iterations(self) -> int:
+        """Batches of an epoch, on each rank."""
+        config = self.config
+        whole_pass = math.ceil(len(self) / (config.batch_size * config.world_size))
+        return config.iterations_per_epoch or whole_pass
 
     def place(self, patch: int) -> tuple[int, int, int]:
         """Number of a patch -> (scene, top, left), row-major in the grid of each scene."""
@@ -218,8 +223,7 @@ class PatchDataset(Dataset[RawBatch]):
 
     def mixed_in(self, epoch: int, iteration: int) -> int:
         """How many samples of a batch are of the second set: a falling share, rounded by chance."""
-        config, whole_pass = self.config, math.ceil(len(self) / self.config.batch_size)
-        done = epoch * (config.iterations_per_epoch or whole_pass) + iteration
+        config, done = self.config, epoch * self.iterations + iteration
         share = config.mix_share * max(0.0, 1 - done / max(1, config.mix_until))
         chance = np.random.default_rng((config.seed % 2**64, epoch, iteration, 1)).random()
         return int(share * config.batch_size + chance)
@@ -318,8 +322,6 @@ class TrainLoader:
         self.wavelengths = dataset.scenes.wavelengths
         self.rgb = dataset.scenes.rgb
         self.check = FileCheck([])  # of the files that are read
-        whole_pass = math.ceil(len(dataset) / (config.batch_size * config.world_size))
-        self.iterations = config.iterations_per_epoch or whole_pass
         # (epoch, iteration) still to come; the loader's sampler.
         self.positions: list[tuple[int, int]] = []
         workers = config.num_workers
@@ -360,7 +362,7 @@ class TrainLoader:
         self.positions[:] = [(epoch, number) for number in range(iteration, len(self))]
 
     def __len__(self) -> int:
-        return self.iterations
+        return self.dataset.iterations
 
     def __iter__(self) -> Iterator[RawBatch]:
         try:
@@ -407,7 +409,6 @@ class ValLoader:
     def __init__(self, scenes: Scenes, config: DataConfig):
         self.scenes = scenes
         self.wavelengths = scenes.wavelengths
-        self.bands = scenes.bands
         self.rgb = scenes.rgb
         self.rgb_norm = config.rgb_norm
         self.mine = range(config.rank, len(scenes.names), config.world_size)

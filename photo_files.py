@@ -106,8 +106,10 @@ def _deep_pixels(path: Path) -> np.ndarray | None:
     """(H, W, 3) uint16, upright; None where the file's coding gives its high bytes alone."""
     with open_image(path) as image:
         if image.mode.startswith("I"):
-            grey = ImageOps.exif_transpose(image)
-            return np.repeat(np.asarray(grey).astype(np.uint16)[..., None], 3, axis=2)
+            grey = np.asarray(ImageOps.exif_transpose(image))
+            if grey.min() < 0 or grey.max() > SIXTEEN_BITS:
+                raise UserError("values beyond 16 bits; save it with 8 or 16 bits a channel")
+            return np.repeat(grey.astype(np.uint16)[..., None], 3, axis=2)
         high = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
     with open_image(path) as image:
         tiles = []

@@ -230,8 +230,7 @@ class Scenes:
     def copy_patch(
         self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray
     ) -> tuple[int, int]:
-        """Copy the patch at (top, left), of the size of `cube` (p, p, bands), into `cube` and
-        `rgb` (p, p, 3); gives the frame's RGB range."""
+        """Copy the patch at (top, left) to `cube` (p, p, bands), `rgb` (p, p, 3); -> RGB range."""
         frame = self.frames[scene] if self.frames else self.arrays(scene)
         rows, cols = slice(top, top + cube.shape[0]), slice(left, left + cube.shape[1])
         cube[...] = frame.cube[rows, cols]
@@ -472,8 +471,7 @@ def rgb_facts(entries: list[dict], settings: dict[str, Any], given: str | None) 
 def write_index(
     root: Path, splits: dict[str, list[dict]], settings: dict[str, Any], camera: str | None
 ) -> dict[str, Any]:
-    """index.json: what the loaders need, and the statistics of the training scenes pooled over
-    pixels. camera: of the photos that came with the data, if known."""
+    """index.json: what loaders need, pooled statistics. camera: of photos of the data set."""
     entries = [entry for split in SPLITS for entry in splits[split]]
     index = {
         "format": INDEX_FORMAT,

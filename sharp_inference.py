@@ -168,8 +168,7 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
 
 
 def find_inputs(patterns: list[str]) -> list[Path]:
-    """Images named, matched, or in folders, each once. What matches nothing is kept: reading it
-    fails, and says so, when the others are done."""
+    """Images named, matched, or in folders, each once; what matches nothing fails when read."""
     inputs: list[Path] = []
     for pattern in map(Path, patterns):
         if pattern.is_dir():

@@ -54,9 +54,7 @@ class SHARPv32Config:
     in_channels: int = _model(3, "channels of the image")
     out_channels: int = _model(31, "bands of the cube")
     base_dim: int = _model(48, "channels at half resolution")
-    depths: tuple[int, ...] = _model(
-        (1, 2, 2), "blocks per level; a decoder has one less, at least 1"
-    )
+    depths: tuple[int, ...] = _model((1, 2, 2), "blocks per level; a decoder has one less (or 1)")
     heads: tuple[int, ...] = _model((1, 1, 2), "attention heads of each branch, by level")
     mlp_ratios: tuple[float, ...] = _model((2.0, 2.0, 2.0), "hidden width of an MLP over its input")
     drop_path_rate: float = _model(0.0, "chance to drop a branch of the last block, rising to it")

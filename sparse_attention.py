@@ -71,8 +71,7 @@ def _register(
 
 
 def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> None:
-    """Tell FlopCounterMode: two products of queries and keys forward, and five backward, which
-    computes the scores again."""
+    """Tell FlopCounterMode: two products of q and k forward, five with the scores backward."""
 
     def flops(q: Shape, k: Shape, v: Shape, *settings: Any, out_shape: Any = None) -> int:
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (q[-1] + v[-1])

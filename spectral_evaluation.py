@@ -210,15 +210,13 @@ def mean_metrics(scenes: list[dict]) -> dict[str, float]:
     return means
 
 
-def bootstrap_interval(
-    values: list[float], samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over scenes but for NaN (SAM of a black one)."""
     numbers = np.asarray(values, float)
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
         return math.nan, math.nan
-    draws = np.random.default_rng(seed).integers(0, len(numbers), (samples, len(numbers)))
+    draws = np.random.default_rng(0).integers(0, len(numbers), (SAMPLES, len(numbers)))
     low, high = np.percentile(numbers[draws].mean(axis=1), [2.5, 97.5]).tolist()
     return low, high
 
@@ -379,12 +377,11 @@ def scene_figure(
         spectra.plot(wavelengths, target[:, y, x].numpy(), f"C{i}-", label=f"({x}, {y}) measured")
         spectra.plot(wavelengths, pred[:, y, x].numpy(), f"C{i}--", label="predicted")
         picture.plot(x, y, f"C{i}o")
-    spectra.set_xlabel("wavelength (nm)")
+    spectra.set(xlabel="wavelength (nm)", title="spectra")
     spectra.legend(fontsize=7)
     picture.set_title(title)
     rendered.set_title("prediction")
     errors.set_title("relative error")
-    spectra.set_title("spectra")
     return sheet
 
 
@@ -430,8 +427,7 @@ def write_stress_figure(path: Path, stress: list[dict]) -> None:
 def write_preview(
     stem: Path, cube: np.ndarray, wavelengths: list[float], points: list[tuple[int, int]]
 ) -> None:
-    """Pictures of a cube (bands, H, W): _preview.png (sRGB), _bands.png (a montage) and
-    _spectra.png at points (x, y), or at six of its own."""
+    """Pictures of a cube (bands, H, W): sRGB, a montage, spectra at points (x, y) or at six."""
     height, width = cube.shape[1:]
     step = math.ceil(max(height, width) / PREVIEW_SIDE)
     small = np.stack([cube[band, ::step, ::step].copy() for band, _ in blocks(cube, height)])

@@ -129,9 +129,8 @@ def colour_features(x: Tensor) -> Tensor:
     -> (B, H, W, colour_channels(C))"""
     light, most = brightness(x), 2.0 * x.shape[-1]
     chroma = ((x.clamp_min(0) + DARK) / light).log()
-    return torch.cat(
-        [x, (x / light).clamp(-most, most), 0.5 + 0.3 * light.log(), 0.5 * chroma], dim=-1
-    )
+    parts = [x, (x / light).clamp(-most, most), 0.5 + 0.3 * light.log(), 0.5 * chroma]
+    return torch.cat(parts, dim=-1)
 
 
 def colour_channels(channels: int) -> int:

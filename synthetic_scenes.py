@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from camera_colour import Lobe, blackbody, sum_of_lobes
+from camera_colour import Lobe, sum_of_lobes
 from measured_spectra import DAYLIGHT, LAMPS, WAVELENGTHS, measured_light, measured_reflectances
 
+Rng = np.random.Generator
 MATERIALS = 48  # in a scene
 FRESNEL = 0.012  # reflection at the surface, so that nothing is quite black
 EXPOSURE = 1.4  # camera gain at which the mean over scenes is about 0.18 of full scale
@@ -89,7 +90,7 @@ OUTDOOR = (0.28, 0.12, 0.13, 0.2, 0.09, 0.08, 0.1)
 INDOOR = (0.06, 0.07, 0.14, 0.07, 0.27, 0.25, 0.14)
 
 
-def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
+def draw_material(family: str, rng: Rng) -> np.ndarray:
     """The K/S spectrum of one material: a grey part, a main pigment and often a second one."""
     kind = FAMILIES[family]
     grey = np.exp(rng.uniform(*np.log(kind.grey)))
@@ -102,7 +103,7 @@ def draw_material(family: str, rng: np.random.Generator) -> np.ndarray:
     return ks
 
 
-def measured_material(rng: np.random.Generator) -> np.ndarray:
+def measured_material(rng: Rng) -> np.ndarray:
     """K/S of a measured sample, or of a mixture of two, faded or deepened."""
     table = measured_reflectances()
     first, second = rng.integers(0, len(table), 2)
@@ -119,7 +120,7 @@ def absorption(reflected: np.ndarray) -> np.ndarray:
     return (1 - body) ** 2 / (2 * body)
 
 
-def _varied(lobes: list[Lobe], rng: np.random.Generator) -> list[Lobe]:
+def _varied(lobes: list[Lobe], rng: Rng) -> list[Lobe]:
     """A pigment's lobes, moved by some nm and a little wider or narrower."""
     varied: list[Lobe] = []
     for height, peak, below, above in lobes:
@@ -134,7 +135,7 @@ def reflectance(ks: np.ndarray) -> np.ndarray:
     return FRESNEL + (1 - FRESNEL) * (1 + ks - np.sqrt(ks * (ks + 2)))
 
 
-def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_illuminants(outdoor: bool, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Direct and ambient light, peak 1: sun or daylight and sky, or a lamp or window."""
     if outdoor:
         direct = _blackbody_between(5000, 6000, rng)
@@ -150,7 +151,7 @@ def draw_illuminants(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarra
     return (direct / direct.max()).astype(np.float32), (ambient / ambient.max()).astype(np.float32)
 
 
-def _draw_lamp(rng: np.random.Generator) -> np.ndarray:
+def _draw_lamp(rng: Rng) -> np.ndarray:
     """A tungsten lamp, a window, a white LED, a CIE lamp of some kind: peak 1."""
     kind = rng.choice(4, p=[0.25, 0.3, 0.1, 0.35])
     if kind == 0:
@@ -166,19 +167,21 @@ def _draw_lamp(rng: np.random.Generator) -> np.ndarray:
     return measured_light(lamps[rng.integers(len(lamps))])
 
 
-def neutral_light(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def neutral_light(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """The illuminant divided out: direct light of 1, ambient light with a slight tint."""
     ambient = (WAVELENGTHS / 550) ** rng.normal(0, 0.15)
     return np.ones(31, np.float32), (ambient / ambient.max()).astype(np.float32)
 
 
-def _blackbody_between(low: float, high: float, rng: np.random.Generator) -> np.ndarray:
-    """Light of a colour temperature between two, in kelvin, peak 1."""
-    power = blackbody(WAVELENGTHS, rng.uniform(low, high))
+def _blackbody_between(low: float, high: float, rng: Rng) -> np.ndarray:
+    """Planck's law at a colour temperature between two, in kelvin, peak 1."""
+    import colour  # takes 0.7 s
+
+    power = colour.colorimetry.planck_law(WAVELENGTHS * 1e-9, rng.uniform(low, high))
     return power / power.max()
 
 
-def fractal(rng: np.random.Generator, height: int, width: int, power: float) -> np.ndarray:
+def fractal(rng: Rng, height: int, width: int, power: float) -> np.ndarray:
     """A random field with amplitude spectrum f^-power, mean 0, deviation 1."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     amplitude = np.maximum(frequency, 1 / max(height, width)) ** -power
@@ -224,8 +227,7 @@ class Outline:
         return span(self.y, shape[0]), span(self.x, shape[1])
 
     def axes(self, box: tuple[slice, slice]) -> tuple[np.ndarray, ...]:
-        """dx, dy of the image, own axes u and v, all from the centre, and the distance, which is 1
-        at the edge; in a box of pixels."""
+        """dx, dy of the image, own axes u and v, from the centre; the distance, 1 at the edge."""
         rows, columns = np.ogrid[box]
         dy, dx = rows.astype(np.float32) - self.y, columns.astype(np.float32) - self.x
         cos, sin = float(np.cos(self.angle)), float(np.sin(self.angle))
@@ -238,9 +240,7 @@ class Outline:
 class Painter:
     """Paints objects back to front into maps of material, texture, and light by its kind."""
 
-    def __init__(
-        self, rng: np.random.Generator, height: int, width: int, families: np.ndarray
-    ) -> None:
+    def __init__(self, rng: Rng, height: int, width: int, families: np.ndarray) -> None:
         self.rng, self.families = rng, families
         self.shape = (height, width)
         # `blend`: how much of material `other` is mixed into `material`.
@@ -294,14 +294,12 @@ class Painter:
         shine = 4.0 if rng.random() < 0.1 else 1.0  # wet or polished: its highlights clip
         glint = shine * kind.gloss * (relief > 0) * halfway**60  # Blinn 1977
         period = rng.uniform(6, 16)  # pixels
-        pattern = texture_of(
-            kind.texture, u / period, v / period, self.coarse[box], self.mottle[box]
-        )
+        look = texture_of(kind.texture, u / period, v / period, self.coarse[box], self.mottle[box])
         values: dict[str, np.ndarray | int] = {
             "material": chosen,
             "other": self._material_at(y, x),
             "blend": self._gradient(u, radius),
-            "texture": kind.strength * pattern + rng.normal(0, 0.12),
+            "texture": kind.strength * look + rng.normal(0, 0.12),
             "direct": np.maximum(lambert, 0),
             "ambient": 0.5 + 0.5 * nz,
             "mirror": glint,
@@ -349,7 +347,7 @@ class Painter:
         self.maps["ambient"][box] *= 1 - 0.3 * shadow
 
 
-def draw_palette(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_palette(outdoor: bool, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """A scene's materials: families (MATERIALS) and K/S (MATERIALS, 31)."""
     families = rng.choice(list(FAMILIES), MATERIALS, p=OUTDOOR if outdoor else INDOOR)
     rows = []
@@ -359,7 +357,7 @@ def draw_palette(outdoor: bool, rng: np.random.Generator) -> tuple[np.ndarray, n
     return families, np.stack(rows).astype(np.float32)
 
 
-def defocus(cube: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def defocus(cube: np.ndarray, rng: Rng) -> np.ndarray:
     """Blur what is far from a line across the frame, as a lens of shallow focus does."""
     from scipy.ndimage import uniform_filter1d
 
@@ -373,15 +371,13 @@ def defocus(cube: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cube + amount * (blurred - cube)
 
 
-def draw_level(rng: np.random.Generator) -> float:
+def draw_level(rng: Rng) -> float:
     """Brightness of a scene: mostly like the others, sometimes dark."""
     darkest = 0.12 if rng.random() < 0.3 else 0.55
     return float(np.exp(rng.uniform(np.log(darkest), 0)))
 
 
-def synthetic_cube(
-    rng: np.random.Generator, height: int, width: int, neutral: bool = False
-) -> np.ndarray:
+def synthetic_cube(rng: Rng, height: int, width: int, neutral: bool = False) -> np.ndarray:
     """One scene, (height, width, 31) float32 in [0, 1], seen through a lens that mixes neighbouring
     pixels a little. neutral: reflectance times shading times exposure, with no illuminant."""
     outdoor = rng.random() < 0.65

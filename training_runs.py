@@ -63,8 +63,7 @@ class RunFolder:
         return None, None
 
     def _newest(self, last: Path, previous: Path) -> tuple[Path, dict] | tuple[None, None]:
-        """The newer of two checkpoints that is not damaged. A damaged one is moved out of the way,
-        so that it never takes the place of the one before."""
+        """The newer of two checkpoints that is not damaged; a damaged one is moved away."""
         if last.exists():
             try:
                 return last, read_checkpoint(last)
@@ -227,8 +226,7 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 scalars[f"{kind}/{name}"] = float(value)
-        for name, number in scalars.items():
-            self.board.add_scalar(name, number, step)
+                self.board.add_scalar(f"{kind}/{name}", float(value), step)
         if self.wandb:
             self.wandb.log(scalars, step=step)
 

@@ -178,7 +178,8 @@ class RunState:
         fields = dataclasses.fields(cfg)
         settings = {field.name: getattr(cfg, field.name) for field in fields if field.metadata}
         settings |= {"compile_model": self.compiled, "use_amp": self.amp is not None}
-        settings["device"] = str(self.device)
+        if cfg.device == "auto":  # a rank's own card is not that of all ranks
+            settings["device"] = self.device.type
         if self.amp is not None:
             settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
         self.settings = settings

@@ -479,6 +479,14 @@ def test_a_second_set_has_a_share_of_each_batch_that_falls_to_none(staged, tmp_p
     assert torch.equal(mixed.cube[-kept:], alone.cube[-kept:])  # the first set's order stays
 
 
+def test_the_share_of_a_second_set_falls_over_the_epochs_that_ranks_divide(staged):
+    settings = {"batch_size": 8, "iterations_per_epoch": 0, "world_size": 2, "mix_share": 0.8}
+    loader = train_loader(config(staged, mix_root=str(staged), **settings))
+    loader.config.mix_until = 2 * len(loader)
+    assert len(loader) == 3  # of 39 patches
+    assert loader.dataset.mixed_in(1, 0) in (3, 4)  # half of the run is done: 0.4 of 8
+
+
 def test_a_second_set_of_another_kind_is_refused(staged, staged16):
     with pytest.raises(UserError, match="--mix_root .* differs from .* in its RGB type"):
         train_loader(config(staged, mix_root=str(staged16)))

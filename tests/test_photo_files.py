@@ -56,6 +56,9 @@ def test_photos_that_hold_no_rgb_are_refused(tmp_path):
     Image.fromarray(np.zeros((4, 5), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="floating-point"):
         read_photo(tmp_path / "float.tif", tmp_path)
+    Image.fromarray(np.full((4, 5), 70000, np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match="beyond 16 bits"):
+        read_photo(tmp_path / "deep.tif", tmp_path)
     np.save(tmp_path / "floats.npy", np.zeros(RGB_SHAPE, np.float32))
     with pytest.raises(UserError, match="uint16, found .*float32"):
         read_photo(tmp_path / "floats.npy", tmp_path)

@@ -574,6 +574,10 @@ def test_the_encoding_is_the_checkpoints_or_asked_for(tmp_path, checkpoint):
         write_cube_of(
             tmp_path / "new.ckpt", tmp_path / "a.png", tmp_path / "b.npy", "--rgb_encoding", "srgb"
         )
+    state["data"]["rgb_encoding"] = "sRGB"
+    common.save_checkpoint(tmp_path / "bad.ckpt", state)
+    with pytest.raises(common.UserError, match="damaged, its rgb_encoding is not linear or srgb"):
+        write_cube_of(tmp_path / "bad.ckpt", tmp_path / "a.png", tmp_path / "b.npy")
 
 
 def test_what_a_folder_holds_and_is_not_read_is_listed(tmp_path, checkpoint, capsys):

@@ -108,6 +108,9 @@ def test_the_saved_settings_make_the_same_run_again(trainer, raw_arad, tmp_path)
     )
     for name, value in run.settings.items():
         assert getattr(again, name) == value or list(getattr(again, name)) == list(value), name
+    run.cfg.device, run.device = "auto", torch.device("cuda", 0)  # rank 0's of several
+    run.start_log()
+    assert run.settings["device"] == "cuda"
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
