@@ -1,16 +1,11 @@
 """RGB images in, hyperspectral cubes out; or a checkpoint scored on a data set.
 
     python sharp_inference.py --input photo.jpg --output photo.npy       # the weights that ship
-    python sharp_inference.py --checkpoint best.ckpt --input photo.png --output outputs/photo.npy
-    python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output outputs \
-        --format envi --preview
-    python sharp_inference.py --checkpoint best.ckpt --evaluate --data_root data/staged \
-        --split val --output results
-    python sharp_inference.py --checkpoint A=a.ckpt M=mst_plus_plus.pth --mst-root ../MST \
-        --evaluate --output results
-    python sharp_inference.py --checkpoint best.ckpt --stress --data_root data/staged \
-        --output results
-    python sharp_inference.py --checkpoint best.ckpt --export artifacts
+    python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output cubes --preview
+    python sharp_inference.py --checkpoint best.ckpt --evaluate --data_root staged --output results
+
+Also: --format envi for other files; --stress beside --evaluate; --checkpoint A=a.ckpt B=b.ckpt
+M=mst_plus_plus.pth --mst-root MST compares; --export FOLDER for ONNX and safetensors.
 
 For both models: the checkpoint says which. Cubes are written as the model gives them, unclamped:
 .npy and .npz (bands, H, W) float32, .mat (MATLAB v7.3) H x W x bands, ENVI .hdr + .img. A bad input
@@ -185,7 +180,7 @@ class Settings:
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
         if (self.input or scores) and not self.output:
-            raise ValueError("--output is missing: where shall the results go?")
+            raise ValueError("--output is missing: give a file such as photo.npy, or a folder")
         if (self.input or self.export) and len(self.checkpoint) > 1:
             raise ValueError("--input and --export take one --checkpoint")
 
