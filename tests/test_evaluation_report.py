@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+import evaluation_report
 from evaluation_report import write_cube_page, write_report, write_run_figure
 from spectral_evaluation import HEADLINE, scene_bands, scene_metrics, summarise
 
@@ -67,6 +68,13 @@ def test_the_report_needs_nothing_beside_itself(results):
     shown = [scene["why"] for scene in data["models"][0]["shown"]]
     assert shown == ["best", "2 of 3", "worst"]
     assert data["models"][1]["learning"] == {"steps": [10, 20, 30], "mrae": [0.1, 0.05, 1 / 30]}
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_scenes(monkeypatch):
+    model = {"shown": [{"name": str(number), "text": "a" * 1000} for number in range(10)]}
+    monkeypatch.setattr(evaluation_report, "MOST_BYTES", 5000)
+    evaluation_report._leave_out_scenes([model])
+    assert [scene["name"] for scene in model["shown"]] == ["0", "1", "8", "9"]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +144,20 @@ def test_a_clicked_pixels_spectra_are_those_of_the_arrays(page, results):
         for kind, key in (("", "predicted"), ("_target", "measured")):
             wanted = sampled(folder, "scene 0", kind, *place)
             np.testing.assert_allclose(point[key], wanted, atol=2e-4)
+
+
+def test_a_second_pixel_can_be_chosen_without_a_keyboard(page):
+    photo = page.find_elements("css selector", "canvas.pick")[0]
+    page.find_element("id", "second").click()
+    click(page, photo, 0.8, 0.2)
+    first, second = plotted(page)
+    assert first["column"] == 64 and abs(second["column"] / 128 - 0.8) < 0.02
+
+
+def test_curves_of_several_models_say_whose_they_are(page):
+    for name in ("bandmrae", "bandrmse", "curve"):
+        said = page.find_elements("css selector", f"#{name}-legend span")
+        assert [item.text for item in said] == ["good", "rough"]
 
 
 def test_the_pictures_can_be_seen(page):
