@@ -33,6 +33,8 @@ COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal interva
 SAMPLES = 2000  # of a bootstrap
 HEADLINE = ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")
 SHEET_SCENES = 12  # that a contact sheet shows
+# Told apart with every kind of colour vision (Okabe and Ito 2008), the pale ones darkened.
+COLOURS = ("#0072B2", "#D55E00", "#1B1B1B", "#009E73", "#BE5C98", "#6E5600")
 PREVIEW_SIDE = 2048  # pixels, of a picture's longer side at most
 # Changes of the field's recipe for a photo, one at a time.
 STRESS: dict[str, dict[str, Any]] = {
@@ -337,7 +339,7 @@ def report(summaries: list[dict], stress: list[dict], output: Path) -> None:
     print the tables."""
     first = summaries[0]
     header = (
-        f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], "
+        f"scenes of {first['split']}: {first['scenes']}; mean [95 % interval over scenes], "
         f"{first['border']} px of border left out (`_full`: none), "
         f"MRAE floor {first['metric_floor']:g}"
     )
@@ -362,7 +364,8 @@ def _headline_row(summary: dict) -> dict[str, str]:
     row = {"model": f"{summary['name']} ({how})"}
     for key in HEADLINE:
         low, high = summary["interval_95"][key]
-        row[key] = f"{summary['mean'][key]:.4f} [{low:.4f}, {high:.4f}]"
+        interval = f" [{low:.4f}, {high:.4f}]" if summary["scenes"] > 1 else ""
+        row[key] = f"{summary['mean'][key]:.4f}{interval}"
     row["params M"] = f"{summary['parameters'] / 1e6:.2f}"
     row["GMAC 256x256"] = f"{summary['macs_256'] / 1e9:.2f}"
     row["s/frame"] = f"{summary['seconds_per_frame']:.3f}"
@@ -379,7 +382,10 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
     from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the process
 
     sheet = Figure(figsize=(width, height), layout="constrained")
-    yield sheet.subplots(1, columns, squeeze=False)[0]
+    axes = sheet.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.set_prop_cycle(color=COLOURS)
+    yield axes
     save_figure(sheet, path)
 
 
@@ -441,6 +447,7 @@ def write_curves(path: Path, summary: dict) -> None:
             scale = summary["calibration"]["scale"]
             error = summary["calibration"]["mean_absolute_error"]
             axes[4].loglog(scale, scale, "k:", scale, error, "o-")
+            axes[4].minorticks_off()  # their numbers would overlap
             axes[4].set(xlabel="predicted scale, tenths of the values", title="mean absolute error")
 
 
@@ -451,8 +458,10 @@ def write_stress_figure(path: Path, stress: list[dict]) -> None:
         for axis, key in zip(axes, ("mrae", "sam"), strict=True):
             for name in names:
                 mine = {row["change"]: row[key] for row in stress if row["model"] == name}
-                axis.plot(list(mine.values()), list(mine), "o-", label=name)
-            axis.set(xlabel=key.upper())
+                axis.plot(list(mine.values()), list(mine), "o", label=name)
+            axis.set(xlabel="MRAE" if key == "mrae" else "SAM, degrees")
+            axis.invert_yaxis()  # the photo as given comes first
+            axis.grid(alpha=0.3)
             axis.legend()
 
 
@@ -478,7 +487,7 @@ def write_preview(
             (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
             mark = {"color": line.get_color(), "markeredgecolor": "white"}
             left.plot(x / step, y / step, "o", **mark)
-        right.set(xlabel="wavelength, nm")
+        right.set(xlabel="wavelength, nm", ylabel="reflectance")
         right.legend(fontsize=8)
 
 
