@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+import terminal
 from camera_colour import camera_response, cube_to_srgb, render_rgb
 from common_utils_v32 import UserError, atomic_write, write_json, write_text
 from cube_files import blocks
@@ -35,6 +36,7 @@ HEADLINE = ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_fu
 SHEET_SCENES = 12  # that a contact sheet shows
 # Told apart with every kind of colour vision (Okabe and Ito 2008), the pale ones darkened.
 COLOURS = ("#0072B2", "#D55E00", "#1B1B1B", "#009E73", "#BE5C98", "#6E5600")
+CLEARLY_MORE = 0.2  # correlation with the photo, of a cube turned over the cube as it stands
 PREVIEW_SIDE = 2048  # pixels, of a picture's longer side at most
 # Changes of the field's recipe for a photo, one at a time.
 STRESS: dict[str, dict[str, Any]] = {
@@ -508,9 +510,31 @@ def _write_montage(path: str, cube: np.ndarray, wavelengths: list[float]) -> Non
             axis.text(x, y, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
 
 
+def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
+    """How a rendered cube (H, W, 3) seems to lie to its photo of the same size; empty where it is
+    as much like the photo as it stands."""
+    views = {
+        "": rendered,
+        "upside down": rendered[::-1],
+        "mirrored": rendered[:, ::-1],
+        "turned by 180 degrees": rendered[::-1, ::-1],
+    }
+    if photo.shape[0] == photo.shape[1]:
+        views["transposed"] = rendered.swapaxes(0, 1)
+        views["turned by 90 degrees"] = rendered.swapaxes(0, 1)[::-1]
+        views["turned by -90 degrees"] = rendered.swapaxes(0, 1)[:, ::-1]
+    like = {}
+    for name, view in views.items():
+        centred = [x - x.mean(axis=(0, 1)) for x in (photo.astype(float), view.astype(float))]
+        lengths = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+        like[name] = (centred[0] * centred[1]).sum() / max(lengths, 1e-9)
+    best = max(like, key=lambda name: like[name])
+    return best if like[best] > like[""] + CLEARLY_MORE else ""
+
+
 def contact_sheet(root: Path, index: dict[str, Any]) -> None:
     """contact_sheet.png of a staged folder: RGB, cube rendered, three bands and mean spectra of
-    some scenes. A wrong transpose shows."""
+    some scenes. A wrong transpose shows, and is said."""
     from matplotlib.figure import Figure  # takes a second to import
 
     scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
@@ -518,20 +542,31 @@ def contact_sheet(root: Path, index: dict[str, Any]) -> None:
     bands = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
     sheet = Figure(figsize=(13, 2.1 * len(shown)), layout="constrained", dpi=70)
     rows = sheet.subplots(len(shown), 6, squeeze=False)
+    doubtful = []
     for row, entry in zip(rows, [scenes[i] for i in shown], strict=True):
         step = max(max(entry["shape"]) // 256, 1)
         rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
         cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
         full_scale = np.iinfo(rgb.dtype).max
         top = float(cube.max())
-        pictures = {entry["name"]: rgb / full_scale, "its cube": cube_to_srgb(cube, nm)}
+        rendered = cube_to_srgb(cube, nm)
+        how = seems_turned(rgb, rendered)
+        doubtful += [f"{entry['name']} ({how})"] if how else []
+        its_cube = f"its cube: {how}?" if how else "its cube"
+        pictures = {entry["name"]: rgb / full_scale, its_cube: rendered}
         pictures |= {f"{nm[band]:.0f} nm, white {top:.2g}": cube[..., band] for band in bands}
         for axis, (title, picture) in zip(row, pictures.items(), strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=top)
             axis.set(title=title, xticks=[], yticks=[])
+        row[1].title.set_color("#B00020" if how else "#1B1B1B")
         middle = len(cube) // 2
         row[5].plot(nm, cube[:middle].mean((0, 1)), nm, cube[middle:].mean((0, 1)))
         row[5].legend(["top half", "bottom half"], fontsize=6)
         row[5].set_title("mean spectra, nm")
     sheet.suptitle("right where photo and cube show the same, the same way round")
     atomic_write(root / "contact_sheet.png", lambda file: sheet.savefig(file, format="png"))
+    if doubtful:
+        terminal.say(
+            f"WARNING: cubes that seem to lie otherwise than their photos: {', '.join(doubtful)}; "
+            "give --axes (whc where they are transposed), or turn the photos"
+        )
