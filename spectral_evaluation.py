@@ -412,14 +412,16 @@ def scene_figure(
     sheet.colorbar(shown, ax=errors)
     height, width = target.shape[1:]
     points = [(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, width // 3)]
-    for i, (y, x) in enumerate(points):
-        spectra.plot(wavelengths, target[:, y, x].numpy(), f"C{i}-", label=f"({x}, {y}) measured")
-        spectra.plot(wavelengths, pred[:, y, x].numpy(), f"C{i}--", label="predicted")
-        picture.plot(x, y, f"C{i}o")
-    spectra.set_xlabel("wavelength (nm)")
+    for (y, x), colour in zip(points, COLOURS, strict=False):
+        for cube, name, style in ((target, f"({x}, {y}) measured", "-"), (pred, "predicted", "--")):
+            spectra.plot(wavelengths, cube[:, y, x].numpy(), style, color=colour, label=name)
+        picture.plot(x, y, "o", color=colour, markeredgecolor="white")
+    for axis in (picture, rendered, errors):
+        axis.set(xticks=[], yticks=[])
+    spectra.set(xlabel="wavelength, nm", ylabel="reflectance")
     spectra.legend(fontsize=7)
     picture.set_title(title)
-    rendered.set_title("prediction")
+    rendered.set_title("predicted cube in daylight")
     errors.set_title("relative error")
     spectra.set_title("spectra")
     return sheet
