@@ -28,6 +28,7 @@ function fill(table, head, rows, sortable) {
           const sign = order.up ? 1 : -1;
           rows.sort((a, b) => sign * (a[column] > b[column] ? 1 : a[column] < b[column] ? -1 : 0));
           draw();
+          table.querySelectorAll("th button")[column].focus(); // the button that was pressed is gone
         };
         if (order && order.column === column) cell.ariaSort = order.up ? "ascending" : "descending";
         cell.append(button);
@@ -53,7 +54,7 @@ function ticks(low, high, count) { // round values of an axis, and how many deci
 }
 
 function plot(canvas, series, { x = "", y = "", zero = true, diagonal = false } = {}) {
-  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth || 600, height = Math.max(220, width * 0.42);
+  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth || 600, height = Math.min(360, Math.max(220, width * 0.42));
   canvas.width = width * ratio; canvas.height = height * ratio; canvas.style.height = height + "px";
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio); pen.font = "12px system-ui, sans-serif"; pen.fillStyle = "#1b1b1b";
@@ -156,7 +157,7 @@ function drawSpectra() {
     const row = Math.min(rows - 1, Math.floor(v * rows)), column = Math.min(columns - 1, Math.floor(u * columns));
     const take = (kind) => model.wavelengths.map((_, band) => value(kind, band, row, column));
     const place = `pixel ${column}, ${row} of ${columns} x ${rows}`, colour = COLOURS[index];
-    const predicted = { name: `predicted, ${place}`, x: model.wavelengths, y: take("predicted"), colour };
+    const predicted = { name: `predicted${state.cubes.scale ? " and its scale" : ""}, ${place}`, x: model.wavelengths, y: take("predicted"), colour };
     if (state.cubes.scale) { predicted.spread = take("scale"); predicted.band = predicted.y.map((y, i) => y + predicted.spread[i]); }
     series.push(predicted);
     if (state.cubes.measured) series.push({ name: `measured, ${place}`, x: model.wavelengths, y: take("measured"), colour, dashed: true });

@@ -195,6 +195,11 @@ def test_the_table_sorts_and_the_console_is_quiet(page):
     rows = page.find_elements("css selector", "#scenes tbody td:nth-child(3)")
     values = [float(cell.text) for cell in rows]
     assert values == sorted(values) and len(values) == 6
+    pressed = page.switch_to.active_element  # drawn anew, and still the one that the keys reach
+    assert pressed.text.startswith("MRAE")
+    pressed.send_keys("\n")
+    rows = page.find_elements("css selector", "#scenes tbody td:nth-child(3)")
+    assert [float(cell.text) for cell in rows] == sorted(values, reverse=True)
     wide = page.execute_script(
         "return document.documentElement.scrollWidth > window.innerWidth + 2"
     )
