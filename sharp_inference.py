@@ -274,6 +274,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         if file.exists() and not args.overwrite:
             raise UserError(f"{file}: exists; give --overwrite to replace it")
     start = time.perf_counter()
+    page: list[str] = []
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = common.temporary_prefix("inference")
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
@@ -303,7 +304,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         cube, patch = predicted()
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
-            write_pictures(target, rgb, cube, model, args)
+            page = [f"look at {write_pictures(target, rgb, cube, model, args)}"]
         if args.check_rgb:
             light = source(0, height, 0, width).permute(1, 2, 0).numpy()
             name = target.with_name(f"{target.stem}_round_trip.png")
@@ -315,19 +316,20 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
     what = f"{path} -> {target} {(model.bands, height, width)}"
-    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed])
+    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed, *page])
 
 
 def write_pictures(
     target: Path, rgb: np.ndarray, cube: np.ndarray, model: Loaded, args: Settings
-) -> None:
-    """What --preview asks for, beside the cube."""
+) -> Path:
+    """What --preview asks for, beside the cube; -> the page."""
     height, width = rgb.shape[:2]
     points = [(x, y) for x, y in chosen_points(args) if x < width and y < height]
     write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")
     write_cube_page(page, shallow, cube, model.wavelengths)
+    return page
 
 
 def _normalised(model: Loaded, low: int, high: int) -> str:
