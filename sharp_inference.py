@@ -175,7 +175,9 @@ class Settings:
         scores = self.evaluate or self.stress
         if not self.checkpoint:
             if scores or self.export:
-                raise ValueError("--checkpoint is missing")
+                raise ValueError(
+                    f"--checkpoint is missing: a run's best.ckpt, or {SHIPPED_WEIGHTS}"
+                )
             self.checkpoint = [str(SHIPPED_WEIGHTS)]
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
@@ -236,7 +238,6 @@ def find_inputs(patterns: list[str]) -> list[Path]:
     for pattern in map(Path, patterns):
         if pattern.is_dir():
             names = sorted(path for path in pattern.iterdir() if not is_system_file(path))
-            names = [path for path in names if not is_system_file(path)]
             found = [path for path in names if path.name.lower().endswith(IMAGE_SUFFIXES)]
             others = [path.name for path in names if path.suffix.lower() in NOT_READ]
             if others:
@@ -262,6 +263,8 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
         )
     if named:
         return [output.with_suffix(WRITTEN[named])], named
+    if output.suffix.lower() in (*IMAGE_SUFFIXES, ".txt", ".h5") and not output.is_dir():
+        raise UserError(f"--output {output}: give a folder, or a file {', '.join(kinds)}")
     kind = kind or "npy"
     names = [path.stem.removesuffix(".rgb") + WRITTEN[kind] for path in inputs]
     return [output / name for name in names], kind
