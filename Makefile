@@ -49,7 +49,7 @@ lint: setup
 .PHONY: setup
 setup:
 	@if ! cat $(REQUIREMENTS) | cmp -s - "$(READY)"; then \
-	  echo "setting up $(VENV)" && "$(PYTHON)" -m venv "$(VENV)" && \
+	  echo "setting up $(VENV): some minutes, 1.5 GB or more" && "$(PYTHON)" -m venv "$(VENV)" && \
 	  $(PY) -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS:%=-r %) && \
 	  cat $(REQUIREMENTS) > "$(READY)"; \
 	fi

@@ -90,7 +90,10 @@ def read_checkpoint(path: str | Path) -> dict:
     tensors and plain types."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
+        raise UserError(
+            f"{path}: no such checkpoint file; a run writes last.ckpt when it stops and best.ckpt "
+            "at its first validation"
+        )
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")

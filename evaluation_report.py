@@ -26,6 +26,7 @@ PAGE = Path(__file__).parent / "report_page"
 SHOWN = 10  # scenes with pictures and spectra, of all models together
 GRID = 128  # pixels a side whose spectra can be looked at
 LEVELS = 4096  # of a value in a spectrum
+MOST_BYTES = 28e6  # of the page; pictures and spectra of fewer scenes where all would be more
 PICTURE = 420  # pixels, longer side
 FLOOR = 0.01  # of the relative error that the map shows
 CURVED = ("mrae", "rmse")  # per-band curves
@@ -49,10 +50,12 @@ def write_report(
             for record in records
         ]
         models.append(_model(summary, folder, _chosen(records, each)))
-    border = f"{first['border']} px of border left out, MRAE floor {first['metric_floor']:g}"
+    _leave_out_scenes(models)
+    about = f"{_scene_count(first)} of {first['split']} ({first['data_root']}); "
+    about += "{} rows and {} columns left out on each side".format(*first["border"])
     data = {
         "title": f"Evaluation of {', '.join(summary['name'] for summary in summaries)}",
-        "about": f"{first['scenes']} scenes of {first['split']} ({first['data_root']}); {border}",
+        "about": f"{about}, MRAE floor {first['metric_floor']:g}",
         "headline": {"head": ["model", *HEADLINE], "rows": [_headline(s) for s in summaries]},
         "scenes": {"head": ["model", "scene", *HEADLINE], "rows": rows},
         "stress": {
@@ -67,12 +70,13 @@ def write_report(
 
 
 def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
-    """One cube (bands, H, W) as a page: photo (H, W, 3) uint8, bands by a slider, spectra."""
-    small = _sample(cube, GRID)
+    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
+    of clicked pixels."""
+    name, small = path.stem.removesuffix("_preview"), _sample(cube, GRID)
     top = float(max(small.max(), 1e-6))
     seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)
     scene: dict[str, Any] = {
-        "name": path.stem,
+        "name": name,
         "why": "",
         "height": cube.shape[1],
         "width": cube.shape[2],
@@ -81,7 +85,7 @@ def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[fl
     scene |= {"photo": _picture(seen), "rendered": _picture(_as_seen(_sample(cube, PICTURE), nm))}
     learning: dict[str, list] = {"steps": [], "mrae": []}
     model = {"name": "", "wavelengths": nm, "learning": learning, "shown": [scene]}
-    page: dict[str, Any] = {"title": path.stem, "settings": "", "levels": LEVELS, "models": [model]}
+    page: dict[str, Any] = {"title": name, "settings": "", "levels": LEVELS, "models": [model]}
     page["about"] = f"{cube.shape[2]} x {cube.shape[1]} pixels, {len(nm)} bands"
     for part in ("headline", "scenes", "stress"):
         page[part] = {"head": [], "rows": []}
@@ -96,11 +100,16 @@ def _write_page(path: Path, data: dict) -> Path:
     return path
 
 
+def _scene_count(summary: dict) -> str:
+    return "1 scene" if summary["scenes"] == 1 else f"{summary['scenes']} scenes"
+
+
 def _headline(summary: dict) -> list[str]:
     cells = [summary["name"]]
     for key in HEADLINE:
         low, high = summary["interval_95"][key]
-        cells.append(f"{summary['mean'][key]:.4f} ({low:.4f} to {high:.4f})")
+        interval = f"\n{low:.4g} to {high:.4g}" if summary["scenes"] > 1 else ""
+        cells.append(f"{summary['mean'][key]:.4g}{interval}")
     return cells
 
 
@@ -134,6 +143,14 @@ def _model(summary: dict, folder: Path, chosen: list[tuple[str, dict]]) -> dict[
         "learning": {key: [row[name] for row in validations] for key, name in LEARNING.items()},
         "shown": [_scene(folder, summary, why, record) for why, record in chosen],
     }
+
+
+def _leave_out_scenes(models: list[dict]) -> None:
+    """Scenes between best and worst go until the page is of a size that browsers open."""
+    while max(len(model["shown"]) for model in models) > 2 and len(to_json(models)) > MOST_BYTES:
+        for model in models:
+            if len(model["shown"]) > 2:
+                del model["shown"][len(model["shown"]) // 2]
 
 
 def read_log(path: Path) -> dict[str, list[dict]]:

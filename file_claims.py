@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import h5py
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from common_utils_v32 import UserError
 from compute_devices import free_memory
@@ -39,7 +39,12 @@ def check_claim(path: Path, claimed: float, stored: float) -> None:
 
 def open_image(path: Path) -> ImageFile.ImageFile:
     """Pillow's image of a photo; nothing is decoded."""
-    image = Image.open(path, formats=IMAGE_FORMATS)
+    try:
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path}: damaged, or not a picture that is read; give a JPEG, PNG, TIFF, BMP or WebP"
+        ) from None
     check_claim(path, image.width * image.height * len(image.getbands()), path.stat().st_size)
     return image
 

@@ -390,8 +390,9 @@ class TrainLoader:
             remarks += f"; staged for patch, stride and grid {staged}"
         return (
             f"{len(scenes.names)} training scenes, {len(self.dataset)} patches of "
-            f"{config.patch_size} px, {scenes.bands} bands, {config.memory_mode} "
-            f"({scenes.dtype}{remarks}), {len(self)} batches an epoch"
+            f"{config.patch_size} px, {scenes.bands} bands, --memory_mode "
+            f"{config.memory_mode} (cubes are {scenes.dtype}{remarks}), "
+            f"{len(self)} batches an epoch"
         )
 
 

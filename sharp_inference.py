@@ -1,16 +1,11 @@
 """RGB images in, hyperspectral cubes out; or a checkpoint scored on a data set.
 
     python sharp_inference.py --input photo.jpg --output photo.npy       # the weights that ship
-    python sharp_inference.py --checkpoint best.ckpt --input photo.png --output outputs/photo.npy
-    python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output outputs \
-        --format envi --preview
-    python sharp_inference.py --checkpoint best.ckpt --evaluate --data_root data/staged \
-        --split val --output results
-    python sharp_inference.py --checkpoint A=a.ckpt M=mst_plus_plus.pth --mst-root ../MST \
-        --evaluate --output results
-    python sharp_inference.py --checkpoint best.ckpt --stress --data_root data/staged \
-        --output results
-    python sharp_inference.py --checkpoint best.ckpt --export artifacts
+    python sharp_inference.py --checkpoint best.ckpt --input "photos/*.jpg" --output cubes --preview
+    python sharp_inference.py --checkpoint best.ckpt --evaluate --data_root staged --output results
+
+Also: --format envi for other files; --stress beside --evaluate; --checkpoint A=a.ckpt B=b.ckpt
+M=mst_plus_plus.pth --mst-root MST compares; --export FOLDER for ONNX and safetensors.
 
 For both models: the checkpoint says which. Cubes are written as the model gives them, unclamped:
 .npy and .npz (bands, H, W) float32, .mat (MATLAB v7.3) H x W x bands, ENVI .hdr + .img. A bad input
@@ -131,12 +126,14 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
         scores = self.evaluate or self.stress
         if not self.checkpoint:
             if scores or self.export:
-                raise ValueError("--checkpoint is missing")
+                raise ValueError(
+                    f"--checkpoint is missing: a run's best.ckpt, or {prediction.SHIPPED_WEIGHTS}"
+                )
             self.checkpoint = [str(prediction.SHIPPED_WEIGHTS)]
         if not (self.input or scores or self.export):
             raise ValueError("nothing to do: give --input, --evaluate or --export")
         if (self.input or scores) and not self.output:
-            raise ValueError("--output is missing: where shall the results go?")
+            raise ValueError("--output is missing: give a file such as photo.npy, or a folder")
         if (self.input or self.export) and len(self.checkpoint) > 1:
             raise ValueError("--input and --export take one --checkpoint")
 
@@ -197,6 +194,8 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
         )
     if named:
         return [output.with_suffix(WRITTEN[named])], named
+    if output.suffix.lower() in (*IMAGE_SUFFIXES, ".txt", ".h5") and not output.is_dir():
+        raise UserError(f"--output {output}: give a folder, or a file {', '.join(kinds)}")
     kind = kind or "npy"
     names = [path.stem.removesuffix(".rgb") + WRITTEN[kind] for path in inputs]
     return [output / name for name in names], kind
@@ -209,6 +208,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         if file.exists() and not args.overwrite:
             raise UserError(f"{file}: exists; give --overwrite to replace it")
     start = time.perf_counter()
+    page: list[str] = []
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = common.temporary_prefix("inference")
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
@@ -238,7 +238,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         cube, patch = predicted()
         write_cube(target, cube, model.wavelengths, kind)
         if args.preview:
-            write_pictures(target, rgb, cube, model, args)
+            page = [f"look at {write_pictures(target, rgb, cube, model, args)}"]
         if args.check_rgb:
             light = source(0, height, 0, width).permute(1, 2, 0).numpy()
             name = target.with_name(f"{target.stem}_round_trip.png")
@@ -250,13 +250,13 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
     how = "whole frame" if patch >= max(height, width) else f"tiles of {patch} px"
     speed = f"{seconds:.1f} s, {height * width / 1e6 / seconds:.2f} MPixel/s"
     what = f"{path} -> {target} {(model.bands, height, width)}"
-    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed])
+    return "; ".join([what, f"RGB {_normalised(model, low, high)}", *remarks, how, speed, *page])
 
 
 def write_pictures(
     target: Path, rgb: np.ndarray, cube: np.ndarray, model: Loaded, args: Settings
-) -> None:
-    """What --preview asks for, beside the cube."""
+) -> Path:
+    """What --preview asks for, beside the cube; -> the page."""
     height, width = rgb.shape[:2]
     points = [(int(x), int(y)) for x, y in (point.split(",") for point in args.points)]
     points = [(x, y) for x, y in points if x < width and y < height]
@@ -264,6 +264,7 @@ def write_pictures(
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")
     write_cube_page(page, shallow, cube, model.wavelengths)
+    return page
 
 
 def _normalised(model: Loaded, low: int, high: int) -> str:

@@ -22,6 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+import terminal
 from camera_colour import camera_response, cube_to_srgb, render_rgb
 from common_utils_v32 import UserError, atomic_write, write_json, write_text
 from cube_files import blocks
@@ -33,6 +34,9 @@ COVERAGES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95)  # percent, nominal interva
 SAMPLES = 2000  # of a bootstrap
 HEADLINE = ("mrae", "rmse", "psnr", "sam", "ssim", "ergas", "mrae_full", "sam_full")
 SHEET_SCENES = 12  # that a contact sheet shows
+# Told apart with every kind of colour vision (Okabe and Ito 2008), the pale ones darkened.
+COLOURS = ("#0072B2", "#D55E00", "#1B1B1B", "#009E73", "#BE5C98", "#6E5600")
+CLEARLY_MORE = 0.2  # correlation with the photo, of a cube turned over the cube as it stands
 PREVIEW_SIDE = 2048  # pixels, of a picture's longer side at most
 # Changes of the field's recipe for a photo, one at a time.
 STRESS: dict[str, dict[str, Any]] = {
@@ -310,7 +314,7 @@ def report(summaries: list[dict], stress: list[dict], output: Path) -> None:
     """Write table.md, of several models summary.json, stress.* if any; print the tables."""
     first = summaries[0]
     header = (
-        f"{first['scenes']} scenes of {first['split']}, mean [95 % interval], "
+        f"scenes of {first['split']}: {first['scenes']}; mean [95 % interval over scenes], "
         f"{first['border']} px of border left out (`_full`: none), "
         f"MRAE floor {first['metric_floor']:g}"
     )
@@ -335,7 +339,8 @@ def _headline_row(summary: dict) -> dict[str, str]:
     row = {"model": f"{summary['name']} ({how})"}
     for key in HEADLINE:
         low, high = summary["interval_95"][key]
-        row[key] = f"{summary['mean'][key]:.4f} [{low:.4f}, {high:.4f}]"
+        interval = f" [{low:.4f}, {high:.4f}]" if summary["scenes"] > 1 else ""
+        row[key] = f"{summary['mean'][key]:.4f}{interval}"
     row["params M"] = f"{summary['parameters'] / 1e6:.2f}"
     row["GMAC 256x256"] = f"{summary['macs_256'] / 1e9:.2f}"
     row["s/frame"] = f"{summary['seconds_per_frame']:.3f}"
@@ -349,7 +354,10 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
     from matplotlib.figure import Figure  # not pyplot, which chooses a backend for the process
 
     sheet = Figure(figsize=(width, height), layout="constrained")
-    yield sheet.subplots(1, columns, squeeze=False)[0]
+    axes = sheet.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.set_prop_cycle(color=COLOURS)
+    yield axes
     save_figure(sheet, path)
 
 
@@ -373,14 +381,16 @@ def scene_figure(
     sheet.colorbar(shown, ax=errors)
     height, width = target.shape[1:]
     points = [(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, width // 3)]
-    for i, (y, x) in enumerate(points):
-        spectra.plot(wavelengths, target[:, y, x].numpy(), f"C{i}-", label=f"({x}, {y}) measured")
-        spectra.plot(wavelengths, pred[:, y, x].numpy(), f"C{i}--", label="predicted")
-        picture.plot(x, y, f"C{i}o")
-    spectra.set(xlabel="wavelength (nm)", title="spectra")
+    for (y, x), colour in zip(points, COLOURS, strict=False):
+        for cube, name, style in ((target, f"({x}, {y}) measured", "-"), (pred, "predicted", "--")):
+            spectra.plot(wavelengths, cube[:, y, x].numpy(), style, color=colour, label=name)
+        picture.plot(x, y, "o", color=colour, markeredgecolor="white")
+    for axis in (picture, rendered, errors):
+        axis.set(xticks=[], yticks=[])
+    spectra.set(xlabel="wavelength, nm", ylabel="reflectance")
     spectra.legend(fontsize=7)
     picture.set_title(title)
-    rendered.set_title("prediction")
+    rendered.set_title("predicted cube in daylight")
     errors.set_title("relative error")
     return sheet
 
@@ -409,6 +419,7 @@ def write_curves(path: Path, summary: dict) -> None:
             scale = summary["calibration"]["scale"]
             error = summary["calibration"]["mean_absolute_error"]
             axes[4].loglog(scale, scale, "k:", scale, error, "o-")
+            axes[4].minorticks_off()  # their numbers would overlap
             axes[4].set(xlabel="predicted scale, tenths of the values", title="mean absolute error")
 
 
@@ -419,8 +430,10 @@ def write_stress_figure(path: Path, stress: list[dict]) -> None:
         for axis, key in zip(axes, ("mrae", "sam"), strict=True):
             for name in names:
                 mine = {row["change"]: row[key] for row in stress if row["model"] == name}
-                axis.plot(list(mine.values()), list(mine), "o-", label=name)
-            axis.set(xlabel=key.upper())
+                axis.plot(list(mine.values()), list(mine), "o", label=name)
+            axis.set(xlabel="MRAE" if key == "mrae" else "SAM, degrees")
+            axis.invert_yaxis()  # the photo as given comes first
+            axis.grid(alpha=0.3)
             axis.legend()
 
 
@@ -445,7 +458,7 @@ def write_preview(
             (line,) = right.plot(wavelengths, cube[:, y, x], label=f"x {x}, y {y}")
             mark = {"color": line.get_color(), "markeredgecolor": "white"}
             left.plot(x / step, y / step, "o", **mark)
-        right.set(xlabel="wavelength, nm")
+        right.set(xlabel="wavelength, nm", ylabel="reflectance")
         right.legend(fontsize=8)
 
 
@@ -466,9 +479,31 @@ def _write_montage(path: str, cube: np.ndarray, wavelengths: list[float]) -> Non
             axis.text(x, y, f"{wavelength:g} nm", color="w", backgroundcolor="k", va="top")
 
 
+def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
+    """How a rendered cube (H, W, 3) seems to lie to its photo of the same size; empty where it is
+    as much like the photo as it stands."""
+    views = {
+        "": rendered,
+        "upside down": rendered[::-1],
+        "mirrored": rendered[:, ::-1],
+        "turned by 180 degrees": rendered[::-1, ::-1],
+    }
+    if photo.shape[0] == photo.shape[1]:
+        views["transposed"] = rendered.swapaxes(0, 1)
+        views["turned by 90 degrees"] = rendered.swapaxes(0, 1)[::-1]
+        views["turned by -90 degrees"] = rendered.swapaxes(0, 1)[:, ::-1]
+    like = {}
+    for name, view in views.items():
+        centred = [x - x.mean(axis=(0, 1)) for x in (photo.astype(float), view.astype(float))]
+        lengths = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+        like[name] = (centred[0] * centred[1]).sum() / max(lengths, 1e-9)
+    best = max(like, key=lambda name: like[name])
+    return best if like[best] > like[""] + CLEARLY_MORE else ""
+
+
 def contact_sheet(root: Path, index: dict[str, Any]) -> None:
     """contact_sheet.png of a staged folder: RGB, cube rendered, three bands and mean spectra of
-    some scenes. A wrong transpose shows."""
+    some scenes. A wrong transpose shows, and is said."""
     from matplotlib.figure import Figure  # takes a second to import
 
     scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]
@@ -476,20 +511,31 @@ def contact_sheet(root: Path, index: dict[str, Any]) -> None:
     bands = [len(nm) // 6, len(nm) // 2, len(nm) * 5 // 6]
     sheet = Figure(figsize=(13, 2.1 * len(shown)), layout="constrained", dpi=70)
     rows = sheet.subplots(len(shown), 6, squeeze=False)
+    doubtful = []
     for row, entry in zip(rows, [scenes[i] for i in shown], strict=True):
         step = max(max(entry["shape"]) // 256, 1)
         rgb = np.load(root / entry["rgb"], mmap_mode="r")[::step, ::step]
         cube = np.load(root / entry["cube"], mmap_mode="r")[::step, ::step].astype(np.float32)
         full_scale = np.iinfo(rgb.dtype).max
         top = float(cube.max())
-        pictures = {entry["name"]: rgb / full_scale, "its cube": cube_to_srgb(cube, nm)}
+        rendered = cube_to_srgb(cube, nm)
+        how = seems_turned(rgb, rendered)
+        doubtful += [f"{entry['name']} ({how})"] if how else []
+        its_cube = f"its cube: {how}?" if how else "its cube"
+        pictures = {entry["name"]: rgb / full_scale, its_cube: rendered}
         pictures |= {f"{nm[band]:.0f} nm, white {top:.2g}": cube[..., band] for band in bands}
         for axis, (title, picture) in zip(row, pictures.items(), strict=False):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=top)
             axis.set(title=title, xticks=[], yticks=[])
+        row[1].title.set_color("#B00020" if how else "#1B1B1B")
         middle = len(cube) // 2
         row[5].plot(nm, cube[:middle].mean((0, 1)), nm, cube[middle:].mean((0, 1)))
         row[5].legend(["top half", "bottom half"], fontsize=6)
         row[5].set_title("mean spectra, nm")
     sheet.suptitle("right where photo and cube show the same, the same way round")
     atomic_write(root / "contact_sheet.png", lambda file: sheet.savefig(file, format="png"))
+    if doubtful:
+        terminal.say(
+            f"WARNING: cubes that seem to lie otherwise than their photos: {', '.join(doubtful)}; "
+            "give --axes (whc where they are transposed), or turn the photos"
+        )

@@ -3,6 +3,7 @@ the same in every script.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from typing import Any, NoReturn
@@ -71,7 +72,14 @@ def bar(items: Any = None, **options: Any) -> Any:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and a script's description keeps its lines."""
+    """Defaults are shown where there is one and the help does not tell it already, and a script's
+    description keeps its lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default in ("", [])
+        if nothing or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class CliParser(argparse.ArgumentParser):
@@ -99,4 +107,16 @@ class CliParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {message} ({self._flags_meant(message)}see {self.prog} --help)\n")
+
+    def _flags_meant(self, message: str) -> str:
+        """Known flags that are close to unknown ones, as the beginning of a hint."""
+        if not message.startswith("unrecognized arguments"):
+            return ""
+        meant = []
+        for word in message.split():
+            if word.startswith("--"):
+                meant += difflib.get_close_matches(
+                    word.partition("=")[0], self._option_string_actions, n=1
+                )
+        return f"did you mean {' and '.join(dict.fromkeys(meant))}? " if meant else ""

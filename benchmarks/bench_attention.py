@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common_utils_v32 import write_json  # noqa: E402
 from sparse_attention import sparse_attention_topk_streaming  # noqa: E402
-
-# noqa: E402
+from terminal import CliParser  # noqa: E402
 
 HEADS, WIDTH, RATIO = 4, 32, 0.9
 # name, shape of the frame, mode; a bar is (figure, limit)
@@ -132,7 +131,7 @@ def memory_apart(name: str, args: argparse.Namespace) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CliParser(description=__doc__)
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common_utils_v32 import write_json  # noqa: E402
 from cube_files import FIELD_BANDS
 from optimized_dataloader import DataConfig, prepare_batch, train_loader  # noqa: E402
+from terminal import CliParser  # noqa: E402
 
 DISTINCT = 8  # scenes really written; the others are hard links to them
 BANDS = len(FIELD_BANDS)
@@ -227,7 +228,7 @@ def cases(args: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CliParser(description=__doc__)
     parser.add_argument("--mst-root", help="checkout of the MST++ toolbox")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--batches", type=int, default=60, help="timed batches a case")

@@ -13,7 +13,6 @@ unless the machine was too slow for ENOUGH_STEPS.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common_utils_v32 as common  # noqa: E402
+import terminal  # noqa: E402
 from hsifusion_v252_complete import create_hsifusion_lightning_pro  # noqa: E402
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
 from spectral_evaluation import mean_metrics, scene_metrics  # noqa: E402
@@ -59,13 +59,15 @@ RIVALS = {"mrae": "linear_relative", "rmse": "linear", "sam": "linear"}
 
 def run(says: str, script: str, *arguments: str) -> None:
     """Run one of the scripts, its output and bars passed through; its error ends the demo."""
-    print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
+    loudness = [flag for flag in ("--quiet", "--verbose") if flag in sys.argv]
+    arguments = (*arguments, *loudness)
+    terminal.say(f"\n$ python {script} {' '.join(arguments)}")
     # All files go to --output.
     here = {name: value for name, value in os.environ.items() if not name.startswith("HSI_")}
     code = subprocess.run([sys.executable, str(ROOT / script), *arguments], env=here).returncode
     if code:
         sys.exit(code)
-    print(f"=> {says}", flush=True)
+    terminal.say(f"=> {says}")
 
 
 def step_seconds() -> float:
@@ -213,7 +215,7 @@ def verdict(table: dict[str, dict[str, float]], steps: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = terminal.CliParser(description=__doc__)
     about = "folder for everything; made anew"
     parser.add_argument("--output", type=Path, default=Path("demo"), help=about)
     output = parser.parse_args().output
@@ -224,7 +226,7 @@ def main() -> int:
     prepare(raw, staged)
     seconds_a_step = step_seconds()
     steps = steps_that_fit(BUDGET - (time.monotonic() - start), seconds_a_step)
-    print(f"\n{seconds_a_step:.2f} s for a training step here: {steps} steps", flush=True)
+    terminal.say(f"\n{seconds_a_step:.2f} s for a training step here: {steps} steps")
     best = train(staged, output / "experiments", steps)
     use(best, raw, staged, results)
     table = {

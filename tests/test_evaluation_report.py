@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
+import evaluation_report
 from evaluation_report import write_cube_page, write_report, write_run_figure
 from spectral_evaluation import HEADLINE, scene_bands, scene_metrics, summarise
 
@@ -67,6 +68,13 @@ def test_the_report_needs_nothing_beside_itself(results):
     shown = [scene["why"] for scene in data["models"][0]["shown"]]
     assert shown == ["best", "2 of 3", "worst"]
     assert data["models"][1]["learning"] == {"steps": [10, 20, 30], "mrae": [0.1, 0.05, 1 / 30]}
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_scenes(monkeypatch):
+    model = {"shown": [{"name": str(number), "text": "a" * 1000} for number in range(10)]}
+    monkeypatch.setattr(evaluation_report, "MOST_BYTES", 5000)
+    evaluation_report._leave_out_scenes([model])
+    assert [scene["name"] for scene in model["shown"]] == ["0", "1", "8", "9"]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +146,20 @@ def test_a_clicked_pixels_spectra_are_those_of_the_arrays(page, results):
             np.testing.assert_allclose(point[key], wanted, atol=2e-4)
 
 
+def test_a_second_pixel_can_be_chosen_without_a_keyboard(page):
+    photo = page.find_elements("css selector", "canvas.pick")[0]
+    page.find_element("id", "second").click()
+    click(page, photo, 0.8, 0.2)
+    first, second = plotted(page)
+    assert first["column"] == 64 and abs(second["column"] / 128 - 0.8) < 0.02
+
+
+def test_curves_of_several_models_say_whose_they_are(page):
+    for name in ("bandmrae", "bandrmse", "curve"):
+        said = page.find_elements("css selector", f"#{name}-legend span")
+        assert [item.text for item in said] == ["good", "rough"]
+
+
 def test_the_pictures_can_be_seen(page):
     picture = page.find_element("css selector", ".picture")
     pixels = np.asarray(Image.open(io.BytesIO(picture.screenshot_as_png)).convert("RGB"))
@@ -173,6 +195,11 @@ def test_the_table_sorts_and_the_console_is_quiet(page):
     rows = page.find_elements("css selector", "#scenes tbody td:nth-child(3)")
     values = [float(cell.text) for cell in rows]
     assert values == sorted(values) and len(values) == 6
+    pressed = page.switch_to.active_element  # drawn anew, and still the one that the keys reach
+    assert pressed.text.startswith("MRAE")
+    pressed.send_keys("\n")
+    rows = page.find_elements("css selector", "#scenes tbody td:nth-child(3)")
+    assert [float(cell.text) for cell in rows] == sorted(values, reverse=True)
     wide = page.execute_script(
         "return document.documentElement.scrollWidth > window.innerWidth + 2"
     )

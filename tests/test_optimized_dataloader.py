@@ -64,7 +64,9 @@ def test_patch_counts_follow_the_grid_of_each_scene(staged):
     assert len(loader.dataset) == 4 * 6 + 5 * 3 and len(loader) == 6
     assert loader.dataset.place(0) == (0, 0, 0) and loader.dataset.place(7) == (0, 8, 8)
     assert loader.dataset.place(24) == (1, 0, 0) and loader.dataset.place(38) == (1, 32, 16)
-    assert loader.describe().startswith("2 training scenes, 39 patches of 16 px, 31 bands, lazy")
+    assert loader.describe().startswith(
+        "2 training scenes, 39 patches of 16 px, 31 bands, --memory_mode lazy"
+    )
 
 
 def test_batch_holds_what_the_files_hold(staged):

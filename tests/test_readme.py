@@ -116,7 +116,7 @@ def test_links_lead_somewhere(page):
 def test_every_flag_that_is_named_exists():
     """In README.md: flags of any script."""
     known = set()
-    for script in (*SMALL, "benchmarks/gpu.py"):
+    for script in (*SMALL, "benchmarks/gpu.py", "benchmarks/race.py"):
         known |= set(re.findall(r"--[a-z][a-z0-9_-]+", help_of(script)))
     known = {flag.replace("-", "_") for flag in known}
     named = re.findall(r"--[a-z][a-z0-9_-]+", PAGES[0].read_text(encoding="utf-8"))

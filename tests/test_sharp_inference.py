@@ -272,6 +272,15 @@ def test_existing_cube_is_kept_unless_overwrite(tmp_path, checkpoint):
     assert np.load(tmp_path / "a.npy").shape == (31, 72, 90)
 
 
+@pytest.mark.parametrize("name", ["cube.png", "cube.txt"])
+def test_a_picture_or_text_as_output_is_refused_and_no_folder_of_that_name_made(tmp_path, name):
+    with pytest.raises(common.UserError, match=r"give a folder, or a file \.npy"):
+        inference.output_paths([tmp_path / "a.jpg"], tmp_path / name, None)
+    (tmp_path / name).mkdir()  # who has such a folder means it
+    targets, kind = inference.output_paths([tmp_path / "a.jpg"], tmp_path / name, None)
+    assert targets == [tmp_path / name / "a.npy"] and kind == "npy"
+
+
 def test_two_images_for_one_output_are_an_error_not_a_loss(tmp_path, checkpoint):
     photo(tmp_path / "a.png")
     photo(tmp_path / "a.bmp", (80, 80))

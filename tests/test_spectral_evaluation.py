@@ -33,6 +33,7 @@ from spectral_evaluation import (
     rmse,
     sam,
     scene_metrics,
+    seems_turned,
     ssim,
 )
 
@@ -435,3 +436,16 @@ def test_metrics_equal_mst_plus_plus():
     target = target.clamp_min(1e-6)
     assert mrae(pred, target) == pytest.approx(utils.Loss_MRAE()(pred, target).item())
     assert rmse(pred, target) == pytest.approx(utils.Loss_RMSE()(pred, target).item())
+
+
+@pytest.mark.parametrize("side", [40, 60])
+def test_a_cube_that_lies_otherwise_than_its_photo_is_found(side):
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 255, (40, side, 3))
+    rendered = photo**0.5 + rng.normal(0, 1, photo.shape)  # another encoding, and noise
+    ways = {"": rendered, "upside down": rendered[::-1], "mirrored": rendered[:, ::-1]}
+    if side == 40:
+        ways["transposed"] = rendered.swapaxes(0, 1)
+    for how, turned in ways.items():
+        assert seems_turned(photo, turned) == how
+    assert seems_turned(photo, np.full_like(rendered, 7)) == ""

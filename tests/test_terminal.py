@@ -90,6 +90,20 @@ def test_a_log_file_gets_a_line_a_minute_however_slow_the_steps_become(monkeypat
     assert len(log.getvalue().splitlines()) == 4
 
 
+def test_a_misspelt_flag_is_answered_with_the_one_that_is_meant(capsys):
+    parser = terminal.CliParser(prog="tool")
+    parser.add_argument("--data_root", help="a folder")
+    parser.add_argument("--seed", default=0, help="a number")
+    for argv, words in (
+        (["--data-rot=x", "--quite"], "did you mean --data_root and --quiet? see tool --help"),
+        (["--zzz"], "--zzz (see tool --help)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(argv)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert "None" not in parser.format_help() and "a number (default: 0)" in parser.format_help()
+
+
 def test_what_takes_no_time_needs_no_bar(monkeypatch):
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
