@@ -47,19 +47,23 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     traceback comes before it with --verbose alone."""
     try:
         code = main() or 0
-        if hasattr(signal, "SIGCHLD"):  # a loader's workers end with this process: no error
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        sys.exit(code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(130)
     except MemoryError as error:
-        print(f"error: not enough memory ({' '.join(str(error).split())})", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"not enough memory ({error})")
     except (UserError, OSError) as error:
+        _end(2, str(error))
+    _end(code)
+
+
+def _end(code: int, error: str = "") -> NoReturn:
+    if hasattr(signal, "SIGCHLD"):  # a loader's worker that ends now is no error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if error:
         if terminal.is_verbose():
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {' '.join(error.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def opt(
