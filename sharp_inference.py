@@ -259,7 +259,10 @@ def write_pictures(
     """What --preview asks for, beside the cube; -> the page."""
     height, width = rgb.shape[:2]
     points = [(int(x), int(y)) for x, y in (point.split(",") for point in args.points)]
-    points = [(x, y) for x, y in points if x < width and y < height]
+    outside = [point for point in points if point[0] >= width or point[1] >= height]
+    if outside:
+        terminal.say(f"{target}: {width} x {height} pixels, without --points {outside}")
+    points = [point for point in points if point not in outside]
     spectral_evaluation.write_preview(target.with_suffix(""), cube, model.wavelengths, points)
     shallow = rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
     page = target.with_name(f"{target.stem}_preview.html")

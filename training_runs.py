@@ -113,6 +113,23 @@ def start_weights(
     return f"{text}; {_refit_where_better(model, rgb, cube, loss_fn)}"
 
 
+def resume_weights(model: Any, state: dict, path: Path) -> None:
+    """The weights of a checkpoint to go on from. UserError with what differs where the model is
+    another one."""
+    try:
+        load_weights(model, state["state_dict"], path)
+    except UserError:
+        old, new = state["model_config"], dataclasses.asdict(model.config)
+        differ = [name for name in new if old.get(name) != new[name]]
+        if not differ:
+            raise
+        found = ", ".join(f"{name} {old.get(name)} and not {new[name]}" for name in differ)
+        raise UserError(
+            f"--resume_from {path}: its model has {found}; give that run's settings, or another "
+            "--experiment_name"
+        ) from None
+
+
 def _is_of_other_bands(name: str, weights: dict, own: dict) -> bool:
     part = name.split(".")[1] if name.startswith("head.") else ""
     return part in BAND_PARTS and name in own and weights[name].shape != own[name].shape

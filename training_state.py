@@ -21,7 +21,7 @@ import common_utils_v32 as common
 import compute_devices as devices
 import terminal
 import training_runs as runs
-from checkpoint_files import load_weights, restoring, save_weights
+from checkpoint_files import restoring, save_weights
 from common_utils_v32 import UserError
 from compute_devices import Ranks
 from evaluation_report import write_run_figure
@@ -159,7 +159,7 @@ class RunState:
     def place_weights(self, model: nn.Module, state: dict | None, resume: Path | None) -> None:
         """The weights that a run starts with, or goes on from; rank 0's are sent to the others."""
         if state and resume:
-            load_weights(model, state["state_dict"], resume)
+            runs.resume_weights(model, state, resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
             rgb, cube = rgb.to(self.device), cube.to(self.device)
