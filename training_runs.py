@@ -98,9 +98,7 @@ def start_weights(
         model.fit_spectral_path(rgb, cube)
         return "starts at the linear path that was fitted to the training scenes"
     checkpoint = read_checkpoint(init_from)
-    found = checkpoint["model"] or kind
-    if found != kind:
-        raise UserError(f"--init_from {init_from}: holds {found}, this trains {kind}")
+    _check_kind(checkpoint["model"] or kind, kind, f"--init_from {init_from}")
     weights = without_wrappers(checkpoint["ema"] or checkpoint["state_dict"])
     own = model.state_dict()
     other_bands = [name for name in weights if _is_of_other_bands(name, weights, own)]
@@ -113,9 +111,15 @@ def start_weights(
     return f"{text}; {_refit_where_better(model, rgb, cube, loss_fn)}"
 
 
-def resume_weights(model: Any, state: dict, path: Path) -> None:
+def _check_kind(found: str, kind: str, where: str) -> None:
+    if found != kind:
+        raise UserError(f"{where}: holds {found}, this trains {kind}")
+
+
+def resume_weights(model: Any, kind: str, state: dict, path: Path) -> None:
     """The weights of a checkpoint to go on from. UserError with what differs where the model is
     another one."""
+    _check_kind(state["model"], kind, f"--resume_from {path}")
     try:
         load_weights(model, state["state_dict"], path)
     except UserError:

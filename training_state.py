@@ -159,7 +159,7 @@ class RunState:
     def place_weights(self, model: nn.Module, state: dict | None, resume: Path | None) -> None:
         """The weights that a run starts with, or goes on from; rank 0's are sent to the others."""
         if state and resume:
-            runs.resume_weights(model, state, resume)
+            runs.resume_weights(model, self.kind, state, resume)
         elif self.ranks.is_main:
             rgb, cube = self.train_loader.spread(FIT_PIXELS)
             rgb, cube = rgb.to(self.device), cube.to(self.device)

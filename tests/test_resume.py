@@ -348,6 +348,8 @@ def test_a_start_from_another_model_is_one_line(raw_arad, tmp_path):
         start_from(sharp, raw_arad, tmp_path / "b", last)
     with pytest.raises(UserError, match=f"--init_from {last}: weights do not fit"):
         start_from(hsi, raw_arad, tmp_path / "b", last, "--base_channels", 32)
+    with pytest.raises(UserError, match=f"--resume_from {last}: holds hsifusion, this trains shar"):
+        make_run(sharp, raw_arad, tmp_path / "b", "--resume_from", last)
     with pytest.raises(UserError, match=r"last.ckpt: its model has base_channels \d+ and not 32"):
         make_run(hsi, raw_arad, tmp_path / "a", "--resume_from", "auto", "--base_channels", 32)
 
