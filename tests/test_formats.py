@@ -107,7 +107,40 @@ def envi_data_file(folder):
     header.write_text("BYTEORDER I\nLAYOUT BIL\n")
     refused("leaf.bil.hdr: not an ENVI header", read_cube, header)
     write_envi(header, cube, file_type="ENVI Spectral Library")
-    refused("a spectral library", read_cube, header)
+    refused("leaf.bil.hdr: ENVI Spectral Library", read_cube, header)
+    write_envi(header, cube[..., :1], file_type="ENVI Classification", wavelength=None)
+    refused("leaf.bil.hdr: ENVI Classification, not an image", read_cube, header)
+    write_envi(header, cube, bands=1, file_type="ENVI Spectral Library")
+    refused("leaf.bil.hdr: ENVI Spectral Library", stage, folder, folder / "s")
+    write_envi(header, cube).with_suffix(".img").write_bytes(b"")
+    refused("leaf.bil.img: holds 0 bytes", read_cube, header)
+
+
+@row
+def envi_header_text(folder):
+    cube = cube_of()
+    header = write_envi(folder / "a.hdr", cube)
+    plain = header.read_text("latin-1")
+    for changed in (
+        plain.replace("\n", "\r\n"),
+        plain.replace("\n", "\r"),
+        "\ufeff\n" + plain.replace("ENVI", "envi", 1),
+        plain.upper(),
+        plain.replace(" = ", "=").replace("data type", "data\ttype"),
+        plain.replace(" = ", "\t =  ").replace("header offset", " header   offset"),
+        plain.replace("wavelength = {", "wavelength =\n {"),
+        plain.replace("}", ",\n}").replace("wavelength = {", "wavelength = {\n; {nm},\n"),
+        plain.replace("{\n  a leaf, x = 3", "{lines = 3\n bands = 4 {5} é\nsamples = 6"),
+        plain + "map info = {UTM, 1, units=Meters}\nHistory\n = \nbbl =\n",
+    ):
+        header.write_bytes(changed.encode())
+        assert np.array_equal(read_cube(header), cube) and read_wavelengths(header) == NM
+    order = [3, 1, 0, *range(11, 3, -1), 1]  # as where two sensors meet, and bands count twice
+    write_envi(header, cube, wavelength="{" + ", ".join(str(NM[band]) for band in order) + "}")
+    assert read_wavelengths(header) == [NM[band] for band in order]
+    for text, words in [("", "not an ENVI header"), ("#?RADIANCE\n", "not an ENVI header")]:
+        header.write_text(text)
+        refused(f"a.hdr: {words}", read_cube, header)
 
 
 @pytest.mark.parametrize("data, header", [("leaf", "leaf.hdr"), ("leaf.bil", "leaf.bil.hdr")])
@@ -150,6 +183,10 @@ def envi_layout(folder):
         ({"byte_order": 2}, "byte order = 2"),
         ({"major_frame_offsets": "{0, 4}"}, "frame offsets are not read"),
         ({"lines": None}, "no line `lines =`"),
+        ({"lines": 19.7}, "lines = 19.7; write a whole number"),
+        ({"lines": -20, "samples": -24}, "lines = -20; write a whole"),
+        ({"lines": "inf"}, "lines = inf; write a whole"),
+        ({"header_offset": -16}, "header offset = -16; write a whole"),
         ({"wavelength": "{450, x}"}, "wavelength is not of numbers"),
         ({"wavelength": "{450, 460}"}, "2 values of wavelength, not 12"),
     ]:
@@ -165,6 +202,13 @@ def envi_gzip(folder):
     write_envi(folder / "b.hdr", cube, folder / "b.gz", file_compression=1)
     (folder / "b.gz").rename(folder / "b.img")
     assert np.array_equal(read_cube(folder / "b.hdr"), cube)
+    (folder / "b.img").write_bytes(gzip.compress(b"") + (folder / "b.img").read_bytes())
+    (folder / "b.img").rename(folder / "b.IMG.GZ")
+    assert np.array_equal(read_cube(folder / "b.hdr"), cube)
+    packed = (folder / "b.IMG.GZ").read_bytes()
+    for content in (packed[:-2000], packed[:200] + bytes(99) + packed[299:], cube.tobytes()):
+        (folder / "b.img").write_bytes(content)
+        refused("b.img: not whole gzip data .*b.hdr", read_cube, folder / "b.hdr")
 
 
 @row
@@ -433,7 +477,7 @@ def numpy(folder):
 
 
 @row
-def tiff(folder):
+def tiff(folder, caplog):
     tifffile = pytest.importorskip("tifffile")
     cube, path = cube_of(), folder / "a.tif"
     planes = cube.transpose(2, 0, 1)
@@ -460,21 +504,31 @@ def tiff(folder):
     assert np.array_equal(read_cube(path, bands=12), cube)
     path.write_bytes(path.read_bytes()[:100])
     refused("a.tif: .*replace", read_cube, path)
+    for lost, write in [  # of pages one after the other, the last would be left out
+        (True, lambda: pages[0].save(path, save_all=True, append_images=pages[1:])),
+        (True, lambda: tifffile.imwrite(path, planes, photometric="minisblack")),
+        (False, lambda: tifffile.imwrite(path, cube, photometric=1, planarconfig=1, tile=(16, 16))),
+        (False, lambda: tifffile.imwrite(path, cube, planarconfig="contig", photometric=1)),
+    ]:
+        write()
+        path.write_bytes(path.read_bytes()[:-3000])
+        refused("is cut, pages are missing" if lost else "replace the file", read_cube, path)
+    assert not caplog.text
     if not importlib.util.find_spec("imagecodecs"):
         pages[0].save(path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
         assert "replace" not in refused("a.tif: .*pip install imagecodecs", read_cube, path)
 
 
 @row
-def tiff_tags(folder, tmp_path):
+def tiff_tags(folder, tmp_path, caplog):
     tifffile = pytest.importorskip("tifffile")
     cube, path = cube_of(), folder / "a.tif"
     counts = (cube * 10000).round().astype(np.int16)
     counts[3, 4] = -32768
 
-    def write(items, array=counts):
+    def write(items, array=counts, no_data="-32768"):
         xml = f"<GDALMetadata><Item name='AREA'>x</Item>{items}</GDALMetadata>"
-        tags = [(42112, "s", 0, xml, True), (42113, "s", 0, "-32768", True)]
+        tags = [(42112, "s", 0, xml, True), (42113, "s", 0, no_data, True)]
         planar = {"photometric": "minisblack", "planarconfig": "contig"}
         tifffile.imwrite(path, array, metadata=None, extratags=tags, **planar)
 
@@ -500,9 +554,21 @@ def tiff_tags(folder, tmp_path):
     stage(folder, tmp_path / "s", "--fill", 0)
     staged = staged_cube(tmp_path / "s")
     assert (staged[3, 4] == 0).all() and np.allclose(staged[0], counts[0] / 1e4)
-    for role, value in (("scale", lambda nm: nm), ("offset", lambda nm: 5)):
+    for role, value, words in [
+        ("scale", lambda nm: nm, "bands of several scales, or offsets"),
+        ("offset", lambda nm: 5, "bands of several scales, or offsets"),
+        ("scale", lambda nm: "high", "its scale is high, not a number"),
+        ("scale", lambda nm: 0, "a scale of 0; mend"),
+    ]:
         write(named(value, "x", f" role='{role}'"))
-        refused("a.tif: bands of several scales, or offsets", read_cube, path)
+        refused(f"a.tif: {words}", read_cube, path)
+    write("<Item name='SCALE' sample='4' role='scale'>0.5</Item>")  # and of the others 1
+    refused("a.tif: bands of several scales", read_cube, path)
+    write("", (cube - 3.4028235e38 * (cube > 0.5)).astype("f4"), "-3.40282346638529e+38")
+    assert np.array_equal(np.isnan(read_cube(path)), cube > 0.5)
+    write("", cube, "none")
+    refused("a.tif: its no-data value is none", read_cube, path)
+    assert not caplog.text  # tifffile complains of numbers as long as that
     with tifffile.TiffWriter(path) as file:
         for plane, nm in zip(cube.transpose(2, 0, 1), NM, strict=True):
             file.write(plane, description=f"{nm:g} nm", metadata=None, contiguous=False)
