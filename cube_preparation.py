@@ -36,18 +36,26 @@ def find_wavelengths(path: Path, bands: int, given: Sequence[str] | None) -> lis
     """Centres of all stored bands in nm: as given, as the file says, or aloud the field's."""
     if given:
         return _given_wavelengths(given, bands)
-    nm = read_wavelengths(path, every=True)
+    nm = _stated_wavelengths(path, bands)
     if nm is None and bands == len(FIELD_BANDS):
         terminal.say(
             f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths"
         )
         return FIELD_BANDS
-    if nm is None or len(nm) != bands:
+    if nm is not None and len(nm) != bands:
+        raise UserError(f"{path}: {len(nm)} wavelengths of {bands} bands; mend them")
+    if nm is None:
         raise UserError(
             f"{path}: {bands} bands of unknown wavelengths; give --wavelengths, FIRST LAST or one "
             "a band, in nm"
         )
     return nm
+
+
+def _stated_wavelengths(path: Path, bands: int) -> list[float] | None:
+    """What the file says of its bands; one number of many bands is their count."""
+    nm = read_wavelengths(path, every=True)
+    return None if nm is not None and len(nm) == 1 < bands else nm
 
 
 def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
@@ -106,7 +114,7 @@ def prepare_cube(
     its record; and what its file says."""
     how = {"key": settings["cube_key"], "axes": settings["axes"], "rgb_shape": rgb_shape}
     cube, facts = read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
-    nm = _own_wavelengths(path, settings) or settings["stored_wavelengths"]
+    nm = _own_wavelengths(path, cube.shape[2], settings) or settings["stored_wavelengths"]
     if len(nm) != cube.shape[2]:
         raise UserError(f"{path}: {len(nm)} wavelengths of {cube.shape[2]} bands; mend them")
     kept = plan_bands(nm, settings["chosen_bands"], facts.bad)
@@ -139,11 +147,11 @@ def prepare_cube(
     return cube, record, facts
 
 
-def _own_wavelengths(path: Path, settings: dict[str, Any]) -> list[float] | None:
+def _own_wavelengths(path: Path, bands: int, settings: dict[str, Any]) -> list[float] | None:
     """What the file says of its bands; what it says in no known unit is passed over where
     --wavelengths is given."""
     try:
-        return read_wavelengths(path, every=True)
+        return _stated_wavelengths(path, bands)
     except UserError:
         if not settings["given_wavelengths"]:
             raise
