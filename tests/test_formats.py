@@ -422,10 +422,54 @@ def hdf5_attributes(folder, tmp_path):
         index = stage(folder, tmp_path / name, *hwc, "--fill", 0)
         assert "divided by 10000" in str(index["splits"]["train"][0])
         refused("factor 10000 is applied", stage, folder, tmp_path / "s", *hwc, "--scale", 10000)
-        with h5py.File(path, "r+") as file:
-            file["Reflectance_Data"].attrs["add_offset"] = 1.0
-        refused("add_offset", read_cube, path, axes="hwc")
+        for attribute, value in [
+            ("scale_factor", np.linspace(0.1, 0.2, 12)),
+            ("SCALE_FACTOR", "per band"),
+            ("missing_value", h5py.Empty("f4")),
+            ("add_offset", 1.0),
+        ]:
+            with h5py.File(path, "r+") as file:
+                file["Reflectance_Data"].attrs.clear()
+                file["Reflectance_Data"].attrs[attribute] = value
+            words = "have an add_offset" if attribute == "add_offset" else "is not one number"
+            refused(words, read_cube, path, axes="hwc")
         path.unlink()
+
+
+def test_what_lies_beside_a_cube_in_hdf5_is_passed_over(folder):
+    cube, path = cube_of(), folder / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["in/x"] = cube[None]  # a batch of one
+        file["in/back"], file["type"], file["none"] = file["/"], np.dtype("f4"), h5py.Empty("f4")
+        file["valid"], file["text"] = cube > 0.5, "a leaf"
+        file["pairs"] = np.zeros(3, [("nm", "f4"), ("name", "S3")])
+        file["in/x"].attrs["wavelengths"] = NM
+        file.attrs["bands"] = 400  # a count
+    assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) == NM
+    for unit, factor in [("Angstrom", 10), (b"nm", 1), (h5py.Empty("S1"), 1), ("um", 1e-3)]:
+        with h5py.File(path, "w") as file:
+            file["x"], file["wavelength"] = cube, np.multiply(NM, factor)
+            file["wavelength"].attrs["units"] = unit
+        assert read_wavelengths(path) == pytest.approx(NM)
+
+
+def test_values_that_lie_in_other_files_are_refused(folder):
+    cube, path = cube_of(), folder / "a.h5"
+    (folder / "a.bin").write_bytes(cube.tobytes())
+    layout = h5py.VirtualLayout(cube.shape, "f4")
+    layout[:] = h5py.VirtualSource("gone.h5", "x", cube.shape)  # HDF5 would give the fill value
+    for create, words in [
+        (lambda file: file.create_virtual_dataset("x", layout, fillvalue=0.5), "in other files"),
+        (
+            lambda file: file.create_dataset("x", cube.shape, "f4", external=[("a.bin", 0, 9**6)]),
+            "in other files",
+        ),
+        (lambda file: file.update(x=h5py.ExternalLink("b.h5", "/x")), "no array of three axes"),
+    ]:
+        with h5py.File(path, "w") as file:
+            create(file)
+            file["wavelength"] = NM
+        refused(f"a.h5: .*{words}", read_cube, path, axes="hwc")
 
 
 @row
@@ -459,6 +503,9 @@ def hdf5(folder, monkeypatch):
     refused("a.hdf5: .*replace the file", read_cube, path)
     path.write_bytes(b"no HDF5")
     refused("a.hdf5: .*replace the file", read_cube, path)
+    for start, kind in [(b"CDF\1", "netCDF-3"), (b"\x0e\x03\x13\x01", "HDF4")]:
+        path.write_bytes(start + bytes(99))
+        refused(f"a.hdf5: is {kind}; convert it", read_cube, path)
 
 
 @row
@@ -474,6 +521,21 @@ def numpy(folder):
     assert "replace" not in refused("a.npy: .*plain arrays", read_cube, path)
     np.save(path, cube.astype(complex))
     refused("a.npy: holds complex", read_cube, path)
+    np.save(path, np.asfortranarray(cube)[None])
+    assert np.array_equal(read_cube(path, bands=12), cube)
+    np.save(path, cube.astype("f8") * 1e300)
+    assert np.isinf(read_cube(path, bands=12)).all()  # and no warning is shown
+    for array in (cube[:0], cube[0], np.stack([cube, cube])):
+        np.save(path, array)
+        refused("a.npy: the cube has shape .*three axes", read_cube, path)
+    (folder / "a.npz").rename(path)
+    refused("a.npy: .*magic", read_cube, path)
+    beside = {"valid": cube > 50, "facts": np.array({"camera": 1}), "bands": ["b1", "b2"]}
+    np.savez(folder / "a.npz", x=cube, wavelengths=[str(nm) for nm in NM], **beside)
+    assert np.array_equal(read_cube(folder / "a.npz", bands=12), cube)
+    assert read_wavelengths(folder / "a.npz") == NM
+    np.savez(folder / "a.npz", facts=np.array({}))
+    refused("a.npz: there are no arrays of real numbers", read_cube, folder / "a.npz")
 
 
 @row
@@ -585,6 +647,14 @@ def cave(folder):
         (scene / f"._toy_ms_{band + 1:02d}.png").write_bytes(b"macOS")
     assert np.array_equal(read_cube(scene), planes / np.float32(65535))
     assert [found.name for found in dataset_setup.find_folder_scenes(folder)] == ["toy.1"]
+    last, grey = scene / "toy_ms_12.png", Image.fromarray(np.zeros(SIZE, np.uint8))
+    for image, words in [
+        (grey.convert("P"), "a P image; give grey"),
+        (grey.convert("1"), "a 1 image; give grey"),
+        (grey.crop((0, 0, 5, 6)), "6, 5. pixels, not .20, 24"),
+    ]:
+        image.save(last)
+        refused(f"toy_ms_12.png: .*{words}", read_cube, scene)
 
 
 # --- values, bands and names
@@ -698,6 +768,12 @@ def given_wavelengths(folder, tmp_path):
     refused("b.npz: 5 wavelengths of 12 bands", stage, folder, tmp_path / "t", *flags)
     np.savez(folder / "b.npz", cube=cube_of(), bands=NM)
     refused("b.npz: 450..670 nm, not 453.5..648", stage, folder, tmp_path / "t", *flags)
+    refused("b.npz: 450..670", stage, folder, tmp_path / "t", *flags)
+    (folder / "b.npz").unlink()
+    np.savez(folder / "a.npz", cube=cube_of(), bands=400)  # a count
+    assert stage(folder, tmp_path / "u", *flags)["wavelengths"] == uneven
+    np.savez(folder / "a.npz", cube=cube_of(), bands=NM[:5])
+    refused("a.npz: 5 wavelengths of 12 bands", stage, folder, tmp_path / "t", *flags[:2])
     for words, message in [
         (uneven[:-1], "11 numbers for 12 bands"),
         ([0.45, 0.65], "in nm"),
@@ -729,6 +805,18 @@ def names_of_photos(folder):
     (folder / "bee_clean.png").rename(folder / "Train_RGB" / "bee_clean.png")
     (scene,) = dataset_setup.find_scenes(folder)["train"]
     assert scene.rgb_path.name == "bee_clean.png"
+
+
+@row
+def turned_photos(folder):
+    exif = Image.Exif()
+    for orientation in (0, 1, 6, 3):
+        exif[0x0112] = orientation
+        Image.new("RGB", SIZE[::-1]).save(folder / "a.jpg", exif=exif)
+        if orientation < 2:
+            assert cube_files.read_rgb(folder / "a.jpg").shape == (*SIZE, 3)
+        else:
+            refused("a.jpg: its EXIF turns it", cube_files.read_rgb, folder / "a.jpg")
 
 
 @row
