@@ -88,7 +88,11 @@ def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
 
 
 def _band_widths(nm: np.ndarray) -> np.ndarray:
-    return np.abs(np.gradient(nm)) if len(nm) > 1 else np.ones(1)
+    """Distances of the bands from their neighbours, in whatever order a file has them."""
+    widths, order = np.ones(len(nm)), np.argsort(nm)
+    if len(nm) > 1:
+        widths[order] = np.gradient(nm[order])
+    return widths
 
 
 def _interpolate(nm: np.ndarray, table: Table) -> np.ndarray:

@@ -23,10 +23,22 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from einops import rearrange
+from PIL import ExifTags
 
 import raster_files
 import terminal
-from array_files import ARRAY_SUFFIXES, NUMBERS, band_arrays, open_arrays, open_hdf5, pick_key
+from array_files import (
+    ARRAY_SUFFIXES,
+    MAT_HEADER,
+    NUMBERS,
+    band_arrays,
+    open_arrays,
+    open_hdf5,
+    pick_key,
+    state_matlab_classes,
+    three_axes,
+    value_attributes,
+)
 from common_utils_v32 import UserError, temporary_prefix
 from file_claims import open_image
 from raster_files import ENVI_SUFFIXES, Facts, nanometres
@@ -40,18 +52,9 @@ FIELD_BANDS = [float(nm) for nm in range(400, 701, 10)]  # of ARAD-1K and CAVE
 UNIT_TOLERANCE = 1e-4  # how far outside [0, 1] a cube may reach by rounding
 MOST_REFLECTANCE = 2.0  # of a shining surface beside the white of the calibration; above are counts
 FEW = 0.01  # share of values that may be outliers
-# Attributes of an HDF5 data set, in lower case.
-NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
 # Arrays above this are mapped to files, and pages let go after as much was written.
 MAPPED_BYTES = 256 << 20
-# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2,
-# little-endian.
-MAT_HEADER = (
-    b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116)
-    + bytes(8)
-    + b"\x00\x02IM"
-)
 
 
 @contextmanager
@@ -151,6 +154,8 @@ def read_rgb(path: str | Path) -> np.ndarray:
     with reading(path, "an RGB image"), open_image(path) as image:
         if image.mode not in ("RGB", "RGBA", "P", "L"):
             raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            raise UserError(f"{path}: its EXIF turns it; save it as its cube lies, without EXIF")
         return np.asarray(image.convert("RGB"))
 
 
@@ -165,7 +170,7 @@ def cube_axes(
     """The three stored axes as NumPy or h5py shows them, such as "cwh", told by the band count and
     the paired RGB's size (H, W, ...). MATLAB is column-major: H x W x bands of a v7.3 file comes
     out as (bands, W, H); elsewhere hwc and chw are usual."""
-    if len(shape) != 3:
+    if len(shape) != 3 or 0 in shape:
         raise UserError(
             f"{path}: the cube has shape {shape}; three axes are needed (another --cube-key?)"
         )
@@ -248,11 +253,12 @@ def read_stored(
             axes = axes or stated
         elif suffix == ".npy":
             # Mapped first: the size that its header claims is not taken on trust.
-            stored = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+            stored = np.array(np.lib.format.open_memmap(path, mode="r"))
         elif suffix in ARRAY_SUFFIXES:
             with open_arrays(path) as arrays:
                 array = arrays[pick_key(arrays, key, path)]
-                axes = cube_axes(array.shape, path, axes=axes, **hints)  # before it is decoded
+                shape = three_axes(array.shape)
+                axes = cube_axes(shape, path, axes=axes, **hints)  # before it is decoded
                 facts = attribute_facts(array, path)
                 stored = raster_files.to_values(array[()], facts)
         else:
@@ -261,25 +267,16 @@ def read_stored(
             )
         if stored.dtype.kind not in NUMBERS:
             raise UserError(f"{path}: holds {stored.dtype}, not real numbers")
+    stored = stored.reshape(three_axes(stored.shape))
     layout = cube_axes(stored.shape, path, axes=axes, **hints)
-    values = np.asarray(stored, np.float32).transpose([layout.index(letter) for letter in "hwc"])
-    return values, facts
+    with np.errstate(over="ignore"):  # infinite values are told of later
+        values = np.asarray(stored, np.float32)
+    return values.transpose([layout.index(letter) for letter in "hwc"]), facts
 
 
 def attribute_facts(array: Any, path: Path) -> Facts:
-    """What the attributes of an HDF5 data set say of its values: a factor, which NEON divides by
-    (10000) and the CF conventions multiply by (0.0001), and the value that means no data."""
-    said: dict[str, float] = {}
-    for name, value in getattr(array, "attrs", {}).items():
-        if name.lower() in ("scale_factor", "add_offset", *NO_DATA):
-            said[name.lower()] = float(np.ravel(value)[0])
-    if said.get("add_offset", 0):
-        raise UserError(f"{path}: its values have an add_offset; apply it first")
-    no_data = next((said[name] for name in NO_DATA if name in said), None)
-    factor = said.get("scale_factor", 1.0)
-    if not 0 < factor < np.inf:
-        raise UserError(f"{path}: a scale_factor of {factor:g}; mend the file")
-    factor = max(factor, 1 / factor)
+    """What the attributes of an HDF5 data set say of its values."""
+    no_data, factor = value_attributes(array, path)
     remarks = (f"its scale_factor is applied: divided by {factor:g}",) if factor != 1 else ()
     return Facts(no_data=no_data, factor=factor, remarks=remarks)
 
@@ -357,7 +354,7 @@ def find_stored_cube(
         with open_arrays(path) as arrays:
             key = pick_key(arrays, key, path)
             shape = arrays[key].shape
-            if attribute_facts(arrays[key], path) != Facts():
+            if len(shape) > 3 or attribute_facts(arrays[key], path) != Facts():
                 return None
     axes = cube_axes(shape, path, axes=axes, bands=bands, rgb_shape=rgb_shape)
     return StoredCube(path, key, axes, shape[axes.index("c")])
@@ -379,7 +376,7 @@ def _write_mat(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
         for band, rows in blocks(cube):
             target[band, :, rows] = cube[band, rows].T
         file["bands"] = np.array(wavelengths, np.float64)[:, None]
-        _state_matlab_classes(file)
+        state_matlab_classes(file)
     with open(path, "r+b") as header:
         header.write(MAT_HEADER)
 
@@ -394,16 +391,9 @@ def arad_mat(cube: np.ndarray, wavelengths: np.ndarray) -> memoryview:
         )
         file["bands"] = wavelengths[:, None]
         file["norm_factor"] = np.ones((1, 1))
-        _state_matlab_classes(file)
+        state_matlab_classes(file)
     memory.getbuffer()[: len(MAT_HEADER)] = MAT_HEADER
     return memory.getbuffer()
-
-
-def _state_matlab_classes(file: h5py.File) -> None:
-    """MATLAB reads an array only when its class is stated."""
-    for item in file.values():
-        name = "single" if item.dtype == np.float32 else "double"
-        item.attrs["MATLAB_class"] = np.bytes_(name)
 
 
 def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
@@ -449,12 +439,16 @@ def _read_band_images(folder: Path) -> np.ndarray:
     planes: list[np.ndarray] = []
     for path in band_images(folder):
         with reading(path, "a band image"), open_image(path) as image:
+            if image.mode not in ("L", "I", "I;16", "I;16B", "RGB", "RGBA"):
+                raise UserError(f"{path}: a {image.mode} image; give grey of 8 or 16 bits")
             plane = np.asarray(image)
         full_scale = np.float32(255 if plane.dtype == np.uint8 else 65535)
         if plane.ndim == 3:
             if (plane[..., :3] != plane[..., :1]).any():
                 raise UserError(f"{path}: a colour picture, not one band; replace it")
             plane = plane[..., 0]
+        if planes and plane.shape != planes[0].shape:
+            raise UserError(f"{path}: {plane.shape} pixels, not {planes[0].shape}; replace it")
         planes.append(plane.astype(np.float32) / full_scale)
     return np.stack(planes, axis=-1)
 
@@ -475,8 +469,8 @@ def read_wavelengths(path: str | Path, every: bool = False) -> list[float] | Non
         if suffix in TIFF_SUFFIXES:
             return nanometres(raster_files.tiff_facts(path), path)
         if suffix in ARRAY_SUFFIXES:
-            for values in band_arrays(path):
-                nm = nanometres(Facts(values), path)
+            for values, unit in band_arrays(path):
+                nm = nanometres(Facts(values, unit), path)
                 if nm is not None:
                     return nm
     return None

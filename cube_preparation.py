@@ -26,18 +26,26 @@ def find_wavelengths(path: Path, bands: int, given: Sequence[str] | None) -> lis
     """Centres of all stored bands in nm: as given, as the file says, or aloud the field's."""
     if given:
         return _given_wavelengths(given, bands)
-    nm = cube_files.read_wavelengths(path, every=True)
+    nm = _stated_wavelengths(path, bands)
     if nm is None and bands == len(FIELD_BANDS):
         terminal.say(
             f"{path}: does not say its wavelengths; taken as 400..700 nm, or give --wavelengths"
         )
         return FIELD_BANDS
-    if nm is None or len(nm) != bands:
+    if nm is not None and len(nm) != bands:
+        raise UserError(f"{path}: {len(nm)} wavelengths of {bands} bands; mend them")
+    if nm is None:
         raise UserError(
             f"{path}: {bands} bands of unknown wavelengths; give --wavelengths, FIRST LAST or one "
             "a band, in nm"
         )
     return nm
+
+
+def _stated_wavelengths(path: Path, bands: int) -> list[float] | None:
+    """What the file says of its bands; one number of many bands is their count."""
+    nm = cube_files.read_wavelengths(path, every=True)
+    return None if nm is not None and len(nm) == 1 < bands else nm
 
 
 def _given_wavelengths(words: Sequence[str], bands: int) -> list[float]:
@@ -95,7 +103,7 @@ def prepare_cube(
     """A cube (H, W, bands) float32 as asked for, not judged; its record; what its file says."""
     how = {"key": settings["cube_key"], "axes": settings["axes"], "rgb_shape": rgb_shape}
     cube, facts = cube_files.read_stored(path, bands=len(settings["stored_wavelengths"]), **how)
-    nm = _own_wavelengths(path, settings) or settings["stored_wavelengths"]
+    nm = _own_wavelengths(path, cube.shape[2], settings) or settings["stored_wavelengths"]
     if len(nm) != cube.shape[2]:
         raise UserError(f"{path}: {len(nm)} wavelengths of {cube.shape[2]} bands; mend them")
     kept = plan_bands(nm, settings["chosen_bands"], facts.bad)
@@ -128,10 +136,11 @@ def prepare_cube(
     return cube, record, facts
 
 
-def _own_wavelengths(path: Path, settings: dict[str, Any]) -> list[float] | None:
-    """What the file says of its bands; an unknown unit is passed over with --wavelengths."""
+def _own_wavelengths(path: Path, bands: int, settings: dict[str, Any]) -> list[float] | None:
+    """What the file says of its bands; what it says in no known unit is passed over where
+    --wavelengths is given."""
     try:
-        return cube_files.read_wavelengths(path, every=True)
+        return _stated_wavelengths(path, bands)
     except UserError:
         if not settings["given_wavelengths"]:
             raise

@@ -6,8 +6,11 @@ this room.
 """
 
 import gzip
+import logging
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -78,9 +81,11 @@ def nanometres(facts: Facts, path: Path) -> list[float] | None:
 def envi_header(path: Path) -> dict[str, str]:
     """The fields of an ENVI header by their names in small letters; lists without their braces."""
     text = path.read_bytes().decode("utf-8", errors="replace")
-    if not text.lstrip("\ufeff").startswith("ENVI"):
+    text = re.sub(r"\r\n?", "\n", text).lstrip("\ufeff \n")
+    if not text.upper().startswith("ENVI"):
         raise UserError(f"{path}: not an ENVI header, its first line is not ENVI; convert the file")
-    found = re.findall(r"^[ \t]*([^;=\n]+?)[ \t]*=[ \t]*(\{[^}]*\}|[^\n]*)", text, re.MULTILINE)
+    text = re.sub(r"^[ \t]*;.*", "", text, flags=re.MULTILINE)  # comments, in lists too
+    found = re.findall(r"^[ \t]*([^=\n]+?)[ \t]*=(\s*\{[^}]*\}|[^\n]*)", text, re.MULTILINE)
     return {" ".join(name.lower().split()): value.strip("{} \t\r\n") for name, value in found}
 
 
@@ -102,6 +107,8 @@ def _whole(fields: dict[str, str], name: str, path: Path, default: int | None = 
     values = _numbers(fields, name, path, 1)
     if not values:
         raise UserError(f"{path}: no line `{name} =` in the header; add it")
+    if values[0] < 0 or not values[0].is_integer():
+        raise UserError(f"{path}: {name} = {fields[name]}; write a whole number, 0 or above")
     return int(values[0])
 
 
@@ -118,7 +125,8 @@ def envi_data_file(path: Path) -> Path:
     """The data of an ENVI header: named as it without .hdr, or with a usual suffix; gzip too."""
     own = "." + envi_header(path).get("interleave", "").lower()
     for suffix in (*ENVI_SUFFIXES[:-3], own, *ENVI_SUFFIXES[-3:]):
-        for ending in (suffix, suffix.upper(), suffix + ".gz"):
+        packed = suffix + ".gz"
+        for ending in (suffix, suffix.upper(), packed, packed.upper()):
             file = path.with_name(path.stem + ending)
             if file.is_file():
                 return file
@@ -141,6 +149,9 @@ def _envi_type(fields: dict[str, str], path: Path) -> np.dtype:
 def envi_facts(path: Path) -> Facts:
     """What an ENVI header says of the values."""
     fields = envi_header(path)
+    file_type = fields.get("file type", "")
+    if re.search("library|classification", file_type, re.IGNORECASE):
+        raise UserError(f"{path}: {file_type}, not an image of bands; leave it out")
     bands = _whole(fields, "bands", path)
     remarks = []
     if "byte order" not in fields and _envi_type(fields, path).itemsize > 1:
@@ -179,8 +190,6 @@ def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
     frames = _numbers(fields, "major frame offsets", path)
     if any(frames + _numbers(fields, "minor frame offsets", path)):
         raise UserError(f"{path}: frame offsets are not read; save the cube without them")
-    if "library" in fields.get("file type", "").lower():
-        raise UserError(f"{path}: a spectral library, not an image; leave it out")
     height, width, bands = (_whole(fields, name, path) for name in ("lines", "samples", "bands"))
     kind, start = _envi_type(fields, path), _whole(fields, "header offset", path, 0)
     content = _envi_bytes(path, _whole(fields, "file compression", path, 0) > 0)
@@ -209,15 +218,24 @@ def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
 def _envi_bytes(path: Path, compressed: bool) -> Any:
     """The data of a header, mapped or unpacked."""
     file = envi_data_file(path)
-    if compressed or file.suffix == ".gz":
+    if not file.stat().st_size:
+        return np.empty(0, np.uint8)
+    if not compressed and file.suffix.lower() != ".gz":
+        return np.memmap(file, np.uint8, "r")
+    try:
         with gzip.open(file) as unpacked:
             return np.frombuffer(read_packed(file, unpacked), np.uint8)
-    return np.memmap(file, np.uint8, "r")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file}: not whole gzip data ({error}); copy it anew, or mend file compression in "
+            f"{path.name}"
+        ) from None
 
 
 def to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
     """float32, divided by the factor, NaN for what means no data."""
-    values = np.array(stored, np.float32, order="C")
+    with np.errstate(over="ignore"):  # infinite values are told of later
+        values = np.array(stored, np.float32, order="C")
     if facts.no_data is not None:
         values[stored == facts.no_data] = np.nan
     values /= np.float32(facts.factor)
@@ -227,10 +245,8 @@ def to_values(stored: np.ndarray, facts: Facts) -> np.ndarray:
 def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
     """The biggest array of a TIFF as float32, divided by GDAL's factor, NaN where GDAL_NODATA
     stands; its order of h, w and c, None where the writer did not say; what GDAL's tags say."""
-    import tifffile
-
     facts = tiff_facts(path)
-    with tifffile.TiffFile(path) as file:
+    with _open_tiff(path) as file:
         series = max(file.series, key=lambda series: series.size)  # the others are thumbnails
         check_claim(path, series.nbytes, path.stat().st_size)
         stored = series.asarray()
@@ -245,13 +261,45 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
     return to_values(stored, facts), None if "Q" in series.axes else axes, facts
 
 
-def tiff_facts(path: Path) -> Facts:
-    """What GDAL's tags say of the values, or else what the pages' descriptions say."""
+@contextmanager
+def _open_tiff(path: Path) -> Iterator[Any]:
+    """tifffile's reader. What it has to say is not printed, but a page that it cannot find, and
+    would leave out, is an error."""
     import tifffile
 
+    lost: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if re.search("invalid page offset|invalid offset to|tag list of page", message):
+            lost.append(message)
+        return False
+
+    logger = logging.getLogger("tifffile")
+    logger.addFilter(note)
+    try:
+        with tifffile.TiffFile(path) as file:
+            len(file.pages)  # all are looked for
+            if lost:
+                raise UserError(f"{path}: is cut, pages are missing; copy it anew")
+            yield file
+    finally:
+        logger.removeFilter(note)
+
+
+def _tag_number(text: str, name: str, path: Path) -> float:
+    """A number that GDAL's tags hold as text."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{path}: its {name} is {text}, not a number; mend its metadata") from None
+
+
+def tiff_facts(path: Path) -> Facts:
+    """What GDAL's tags say of the values, or else what the pages' descriptions say."""
     named: dict[str, dict[int, str]] = {}
-    with tifffile.TiffFile(path) as file:
-        tags = file.pages.first.tags
+    with _open_tiff(path) as file:
+        tags, samples = file.pages.first.tags, file.pages.first.samplesperpixel
         no_data = tags[GDAL_NODATA].value.strip("\0 ") if GDAL_NODATA in tags else ""
         metadata = tags[GDAL_METADATA].value if GDAL_METADATA in tags else "<none/>"
         texts = {page.index: getattr(page, "description", "") for page in file.pages}
@@ -259,11 +307,16 @@ def tiff_facts(path: Path) -> Facts:
         if "sample" in item.attrib:
             name = item.get("role") or item.get("name") or ""
             named.setdefault(name.lower(), {})[int(item.attrib["sample"])] = item.text or ""
-    scales, offsets = (set(named.get(name, {}).values()) for name in ("scale", "offset"))
-    if len(scales) > 1 or any(map(float, offsets)):
+    scales, offsets = (named.get(name, {}) for name in ("scale", "offset"))
+    several = len(set(scales.values())) > 1 or 0 < len(scales) < samples
+    if several or any(_tag_number(text, "offset", path) for text in offsets.values()):
         raise UserError(f"{path}: bands of several scales, or offsets; apply them first")
-    factor = 1 / float(scales.pop()) if scales else 1.0
-    facts = Facts(no_data=float(no_data) if no_data else None, factor=factor)
+    scale = _tag_number(next(iter(scales.values()), "1"), "scale", path)
+    if not 0 < scale < np.inf:
+        raise UserError(f"{path}: a scale of {scale:g}; mend its metadata")
+    facts = Facts(
+        no_data=_tag_number(no_data, "no-data value", path) if no_data else None, factor=1 / scale
+    )
     for name, unit in (("central_wavelength_um", "um"), ("wavelength", "")):
         if len(named.get(name, {})) > 1:
             centres = [float(text) for _, text in sorted(named[name].items())]

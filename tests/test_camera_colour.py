@@ -190,3 +190,9 @@ def test_srgb_values_become_linear_light_at_both_depths():
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, want, atol=1e-6)
     np.testing.assert_allclose(linear_light((values * 257).astype(np.uint16)), want, atol=1e-6)
+
+
+def test_the_order_of_the_bands_does_not_matter():
+    nm, order = np.linspace(400, 700, 31), np.random.default_rng(0).permutation(31)
+    response = camera_response("cie1931", nm)
+    assert np.allclose(camera_response("cie1931", nm[order]), response[order])

@@ -107,7 +107,40 @@ def envi_data_file(folder):
     header.write_text("BYTEORDER I\nLAYOUT BIL\n")
     refused("leaf.bil.hdr: not an ENVI header", read_cube, header)
     write_envi(header, cube, file_type="ENVI Spectral Library")
-    refused("a spectral library", read_cube, header)
+    refused("leaf.bil.hdr: ENVI Spectral Library", read_cube, header)
+    write_envi(header, cube[..., :1], file_type="ENVI Classification", wavelength=None)
+    refused("leaf.bil.hdr: ENVI Classification, not an image", read_cube, header)
+    write_envi(header, cube, bands=1, file_type="ENVI Spectral Library")
+    refused("leaf.bil.hdr: ENVI Spectral Library", stage, folder, folder / "s")
+    write_envi(header, cube).with_suffix(".img").write_bytes(b"")
+    refused("leaf.bil.img: holds 0 bytes", read_cube, header)
+
+
+@row
+def envi_header_text(folder):
+    cube = cube_of()
+    header = write_envi(folder / "a.hdr", cube)
+    plain = header.read_text("latin-1")
+    for changed in (
+        plain.replace("\n", "\r\n"),
+        plain.replace("\n", "\r"),
+        "\ufeff\n" + plain.replace("ENVI", "envi", 1),
+        plain.upper(),
+        plain.replace(" = ", "=").replace("data type", "data\ttype"),
+        plain.replace(" = ", "\t =  ").replace("header offset", " header   offset"),
+        plain.replace("wavelength = {", "wavelength =\n {"),
+        plain.replace("}", ",\n}").replace("wavelength = {", "wavelength = {\n; {nm},\n"),
+        plain.replace("{\n  a leaf, x = 3", "{lines = 3\n bands = 4 {5} é\nsamples = 6"),
+        plain + "map info = {UTM, 1, units=Meters}\nHistory\n = \nbbl =\n",
+    ):
+        header.write_bytes(changed.encode())
+        assert np.array_equal(read_cube(header), cube) and read_wavelengths(header) == NM
+    order = [3, 1, 0, *range(11, 3, -1), 1]  # as where two sensors meet, and bands count twice
+    write_envi(header, cube, wavelength="{" + ", ".join(str(NM[band]) for band in order) + "}")
+    assert read_wavelengths(header) == [NM[band] for band in order]
+    for text, words in [("", "not an ENVI header"), ("#?RADIANCE\n", "not an ENVI header")]:
+        header.write_text(text)
+        refused(f"a.hdr: {words}", read_cube, header)
 
 
 @pytest.mark.parametrize("data, header", [("leaf", "leaf.hdr"), ("leaf.bil", "leaf.bil.hdr")])
@@ -150,6 +183,10 @@ def envi_layout(folder):
         ({"byte_order": 2}, "byte order = 2"),
         ({"major_frame_offsets": "{0, 4}"}, "frame offsets are not read"),
         ({"lines": None}, "no line `lines =`"),
+        ({"lines": 19.7}, "lines = 19.7; write a whole number"),
+        ({"lines": -20, "samples": -24}, "lines = -20; write a whole"),
+        ({"lines": "inf"}, "lines = inf; write a whole"),
+        ({"header_offset": -16}, "header offset = -16; write a whole"),
         ({"wavelength": "{450, x}"}, "wavelength is not of numbers"),
         ({"wavelength": "{450, 460}"}, "2 values of wavelength, not 12"),
     ]:
@@ -165,6 +202,13 @@ def envi_gzip(folder):
     write_envi(folder / "b.hdr", cube, folder / "b.gz", file_compression=1)
     (folder / "b.gz").rename(folder / "b.img")
     assert np.array_equal(read_cube(folder / "b.hdr"), cube)
+    (folder / "b.img").write_bytes(gzip.compress(b"") + (folder / "b.img").read_bytes())
+    (folder / "b.img").rename(folder / "b.IMG.GZ")
+    assert np.array_equal(read_cube(folder / "b.hdr"), cube)
+    packed = (folder / "b.IMG.GZ").read_bytes()
+    for content in (packed[:-2000], packed[:200] + bytes(99) + packed[299:], cube.tobytes()):
+        (folder / "b.img").write_bytes(content)
+        refused("b.img: not whole gzip data .*b.hdr", read_cube, folder / "b.hdr")
 
 
 @row
@@ -378,10 +422,54 @@ def hdf5_attributes(folder, tmp_path):
         index = stage(folder, tmp_path / name, *hwc, "--fill", 0)
         assert "divided by 10000" in str(index["splits"]["train"][0])
         refused("factor 10000 is applied", stage, folder, tmp_path / "s", *hwc, "--scale", 10000)
-        with h5py.File(path, "r+") as file:
-            file["Reflectance_Data"].attrs["add_offset"] = 1.0
-        refused("add_offset", read_cube, path, axes="hwc")
+        for attribute, value in [
+            ("scale_factor", np.linspace(0.1, 0.2, 12)),
+            ("SCALE_FACTOR", "per band"),
+            ("missing_value", h5py.Empty("f4")),
+            ("add_offset", 1.0),
+        ]:
+            with h5py.File(path, "r+") as file:
+                file["Reflectance_Data"].attrs.clear()
+                file["Reflectance_Data"].attrs[attribute] = value
+            words = "have an add_offset" if attribute == "add_offset" else "is not one number"
+            refused(words, read_cube, path, axes="hwc")
         path.unlink()
+
+
+def test_what_lies_beside_a_cube_in_hdf5_is_passed_over(folder):
+    cube, path = cube_of(), folder / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["in/x"] = cube[None]  # a batch of one
+        file["in/back"], file["type"], file["none"] = file["/"], np.dtype("f4"), h5py.Empty("f4")
+        file["valid"], file["text"] = cube > 0.5, "a leaf"
+        file["pairs"] = np.zeros(3, [("nm", "f4"), ("name", "S3")])
+        file["in/x"].attrs["wavelengths"] = NM
+        file.attrs["bands"] = 400  # a count
+    assert np.array_equal(read_cube(path, bands=12), cube) and read_wavelengths(path) == NM
+    for unit, factor in [("Angstrom", 10), (b"nm", 1), (h5py.Empty("S1"), 1), ("um", 1e-3)]:
+        with h5py.File(path, "w") as file:
+            file["x"], file["wavelength"] = cube, np.multiply(NM, factor)
+            file["wavelength"].attrs["units"] = unit
+        assert read_wavelengths(path) == pytest.approx(NM)
+
+
+def test_values_that_lie_in_other_files_are_refused(folder):
+    cube, path = cube_of(), folder / "a.h5"
+    (folder / "a.bin").write_bytes(cube.tobytes())
+    layout = h5py.VirtualLayout(cube.shape, "f4")
+    layout[:] = h5py.VirtualSource("gone.h5", "x", cube.shape)  # HDF5 would give the fill value
+    for create, words in [
+        (lambda file: file.create_virtual_dataset("x", layout, fillvalue=0.5), "in other files"),
+        (
+            lambda file: file.create_dataset("x", cube.shape, "f4", external=[("a.bin", 0, 9**6)]),
+            "in other files",
+        ),
+        (lambda file: file.update(x=h5py.ExternalLink("b.h5", "/x")), "no array of three axes"),
+    ]:
+        with h5py.File(path, "w") as file:
+            create(file)
+            file["wavelength"] = NM
+        refused(f"a.h5: .*{words}", read_cube, path, axes="hwc")
 
 
 @row
@@ -415,6 +503,9 @@ def hdf5(folder, monkeypatch):
     refused("a.hdf5: .*replace the file", read_cube, path)
     path.write_bytes(b"no HDF5")
     refused("a.hdf5: .*replace the file", read_cube, path)
+    for start, kind in [(b"CDF\1", "netCDF-3"), (b"\x0e\x03\x13\x01", "HDF4")]:
+        path.write_bytes(start + bytes(99))
+        refused(f"a.hdf5: is {kind}; convert it", read_cube, path)
 
 
 @row
@@ -430,10 +521,25 @@ def numpy(folder):
     assert "replace" not in refused("a.npy: .*plain arrays", read_cube, path)
     np.save(path, cube.astype(complex))
     refused("a.npy: holds complex", read_cube, path)
+    np.save(path, np.asfortranarray(cube)[None])
+    assert np.array_equal(read_cube(path, bands=12), cube)
+    np.save(path, cube.astype("f8") * 1e300)
+    assert np.isinf(read_cube(path, bands=12)).all()  # and no warning is shown
+    for array in (cube[:0], cube[0], np.stack([cube, cube])):
+        np.save(path, array)
+        refused("a.npy: the cube has shape .*three axes", read_cube, path)
+    (folder / "a.npz").rename(path)
+    refused("a.npy: .*magic", read_cube, path)
+    beside = {"valid": cube > 50, "facts": np.array({"camera": 1}), "bands": ["b1", "b2"]}
+    np.savez(folder / "a.npz", x=cube, wavelengths=[str(nm) for nm in NM], **beside)
+    assert np.array_equal(read_cube(folder / "a.npz", bands=12), cube)
+    assert read_wavelengths(folder / "a.npz") == NM
+    np.savez(folder / "a.npz", facts=np.array({}))
+    refused("a.npz: there are no arrays of real numbers", read_cube, folder / "a.npz")
 
 
 @row
-def tiff(folder):
+def tiff(folder, caplog):
     tifffile = pytest.importorskip("tifffile")
     cube, path = cube_of(), folder / "a.tif"
     planes = cube.transpose(2, 0, 1)
@@ -460,21 +566,31 @@ def tiff(folder):
     assert np.array_equal(read_cube(path, bands=12), cube)
     path.write_bytes(path.read_bytes()[:100])
     refused("a.tif: .*replace", read_cube, path)
+    for lost, write in [  # of pages one after the other, the last would be left out
+        (True, lambda: pages[0].save(path, save_all=True, append_images=pages[1:])),
+        (True, lambda: tifffile.imwrite(path, planes, photometric="minisblack")),
+        (False, lambda: tifffile.imwrite(path, cube, photometric=1, planarconfig=1, tile=(16, 16))),
+        (False, lambda: tifffile.imwrite(path, cube, planarconfig="contig", photometric=1)),
+    ]:
+        write()
+        path.write_bytes(path.read_bytes()[:-3000])
+        refused("is cut, pages are missing" if lost else "replace the file", read_cube, path)
+    assert not caplog.text
     if not importlib.util.find_spec("imagecodecs"):
         pages[0].save(path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
         assert "replace" not in refused("a.tif: .*pip install imagecodecs", read_cube, path)
 
 
 @row
-def tiff_tags(folder, tmp_path):
+def tiff_tags(folder, tmp_path, caplog):
     tifffile = pytest.importorskip("tifffile")
     cube, path = cube_of(), folder / "a.tif"
     counts = (cube * 10000).round().astype(np.int16)
     counts[3, 4] = -32768
 
-    def write(items, array=counts):
+    def write(items, array=counts, no_data="-32768"):
         xml = f"<GDALMetadata><Item name='AREA'>x</Item>{items}</GDALMetadata>"
-        tags = [(42112, "s", 0, xml, True), (42113, "s", 0, "-32768", True)]
+        tags = [(42112, "s", 0, xml, True), (42113, "s", 0, no_data, True)]
         planar = {"photometric": "minisblack", "planarconfig": "contig"}
         tifffile.imwrite(path, array, metadata=None, extratags=tags, **planar)
 
@@ -500,9 +616,21 @@ def tiff_tags(folder, tmp_path):
     stage(folder, tmp_path / "s", "--fill", 0)
     staged = staged_cube(tmp_path / "s")
     assert (staged[3, 4] == 0).all() and np.allclose(staged[0], counts[0] / 1e4)
-    for role, value in (("scale", lambda nm: nm), ("offset", lambda nm: 5)):
+    for role, value, words in [
+        ("scale", lambda nm: nm, "bands of several scales, or offsets"),
+        ("offset", lambda nm: 5, "bands of several scales, or offsets"),
+        ("scale", lambda nm: "high", "its scale is high, not a number"),
+        ("scale", lambda nm: 0, "a scale of 0; mend"),
+    ]:
         write(named(value, "x", f" role='{role}'"))
-        refused("a.tif: bands of several scales, or offsets", read_cube, path)
+        refused(f"a.tif: {words}", read_cube, path)
+    write("<Item name='SCALE' sample='4' role='scale'>0.5</Item>")  # and of the others 1
+    refused("a.tif: bands of several scales", read_cube, path)
+    write("", (cube - 3.4028235e38 * (cube > 0.5)).astype("f4"), "-3.40282346638529e+38")
+    assert np.array_equal(np.isnan(read_cube(path)), cube > 0.5)
+    write("", cube, "none")
+    refused("a.tif: its no-data value is none", read_cube, path)
+    assert not caplog.text  # tifffile complains of numbers as long as that
     with tifffile.TiffWriter(path) as file:
         for plane, nm in zip(cube.transpose(2, 0, 1), NM, strict=True):
             file.write(plane, description=f"{nm:g} nm", metadata=None, contiguous=False)
@@ -519,6 +647,14 @@ def cave(folder):
         (scene / f"._toy_ms_{band + 1:02d}.png").write_bytes(b"macOS")
     assert np.array_equal(read_cube(scene), planes / np.float32(65535))
     assert [found.name for found in dataset_setup.find_folder_scenes(folder)] == ["toy.1"]
+    last, grey = scene / "toy_ms_12.png", Image.fromarray(np.zeros(SIZE, np.uint8))
+    for image, words in [
+        (grey.convert("P"), "a P image; give grey"),
+        (grey.convert("1"), "a 1 image; give grey"),
+        (grey.crop((0, 0, 5, 6)), "6, 5. pixels, not .20, 24"),
+    ]:
+        image.save(last)
+        refused(f"toy_ms_12.png: .*{words}", read_cube, scene)
 
 
 # --- values, bands and names
@@ -632,6 +768,12 @@ def given_wavelengths(folder, tmp_path):
     refused("b.npz: 5 wavelengths of 12 bands", stage, folder, tmp_path / "t", *flags)
     np.savez(folder / "b.npz", cube=cube_of(), bands=NM)
     refused("b.npz: 450..670 nm, not 453.5..648", stage, folder, tmp_path / "t", *flags)
+    refused("b.npz: 450..670", stage, folder, tmp_path / "t", *flags)
+    (folder / "b.npz").unlink()
+    np.savez(folder / "a.npz", cube=cube_of(), bands=400)  # a count
+    assert stage(folder, tmp_path / "u", *flags)["wavelengths"] == uneven
+    np.savez(folder / "a.npz", cube=cube_of(), bands=NM[:5])
+    refused("a.npz: 5 wavelengths of 12 bands", stage, folder, tmp_path / "t", *flags[:2])
     for words, message in [
         (uneven[:-1], "11 numbers for 12 bands"),
         ([0.45, 0.65], "in nm"),
@@ -663,6 +805,18 @@ def names_of_photos(folder):
     (folder / "bee_clean.png").rename(folder / "Train_RGB" / "bee_clean.png")
     (scene,) = dataset_setup.find_scenes(folder)["train"]
     assert scene.rgb_path.name == "bee_clean.png"
+
+
+@row
+def turned_photos(folder):
+    exif = Image.Exif()
+    for orientation in (0, 1, 6, 3):
+        exif[0x0112] = orientation
+        Image.new("RGB", SIZE[::-1]).save(folder / "a.jpg", exif=exif)
+        if orientation < 2:
+            assert cube_files.read_rgb(folder / "a.jpg").shape == (*SIZE, 3)
+        else:
+            refused("a.jpg: its EXIF turns it", cube_files.read_rgb, folder / "a.jpg")
 
 
 @row
