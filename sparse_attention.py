@@ -43,8 +43,10 @@ def _register(
     forward(q, k, v, *settings) gives the output and one value per query, which
     backward(gradient, q, k, v, output, values, *settings) gets back. keys_met(shape of k, settings)
     is how many keys a query meets."""
-    operator = torch.library.custom_op(f"hsi::{name}", forward, mutates_args=())
-    operator_backward = torch.library.custom_op(f"hsi::{name}_backward", backward, mutates_args=())
+    # Masks are kept from call to call: a captured CUDA graph must not own them.
+    kept: dict = {"mutates_args": (), "tags": (torch.Tag.cudagraph_unsafe,)}
+    operator = torch.library.custom_op(f"hsi::{name}", forward, **kept)
+    operator_backward = torch.library.custom_op(f"hsi::{name}_backward", backward, **kept)
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*q.shape[:-1], 1)
