@@ -482,6 +482,8 @@ def _write_montage(path: str, cube: np.ndarray, wavelengths: list[float]) -> Non
 def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
     """How a rendered cube (H, W, 3) seems to lie to its photo of the same size; empty where it is
     as much like the photo as it stands."""
+    photo, rendered = (image - image.mean(axis=(0, 1)) for image in (photo, rendered))
+    lengths = max(float(np.linalg.norm(photo) * np.linalg.norm(rendered)), 1e-9)
     views = {
         "": rendered,
         "upside down": rendered[::-1],
@@ -492,11 +494,7 @@ def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
         views["transposed"] = rendered.swapaxes(0, 1)
         views["turned by 90 degrees"] = rendered.swapaxes(0, 1)[::-1]
         views["turned by -90 degrees"] = rendered.swapaxes(0, 1)[:, ::-1]
-    like = {}
-    for name, view in views.items():
-        centred = [x - x.mean(axis=(0, 1)) for x in (photo.astype(float), view.astype(float))]
-        lengths = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
-        like[name] = (centred[0] * centred[1]).sum() / max(lengths, 1e-9)
+    like = {name: (photo * view).sum() / lengths for name, view in views.items()}
     best = max(like, key=lambda name: like[name])
     return best if like[best] > like[""] + CLEARLY_MORE else ""
 
