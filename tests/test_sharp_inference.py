@@ -442,9 +442,11 @@ def test_memory_budget_decides_between_whole_frame_and_tiles():
     assert tiles[0] * tiles[1] * wide**2 < 1.4 * 2000 * 4000
 
 
-def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint):
+def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint, capsys):
     photo(tmp_path / "a.png")
-    write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out", "--preview", "--points", "3,4")
+    points = ("--preview", "--points", "3,4", "900,4")
+    write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out", *points)
+    assert "pixels, without --points [(900, 4)]" in capsys.readouterr().out
     assert Image.open(tmp_path / "out/a_preview.png").size == (90, 72)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "a.npy",
