@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from ablation import ABLATIONS  # noqa: E402
 
 import common_utils_v32 as common  # noqa: E402
 
@@ -43,12 +45,17 @@ def parts(args: argparse.Namespace) -> dict[str, list[str]]:
         "models tiny": ["bench_models.py", *mst],
         "models larger": ["bench_models.py", *mst, "--sizes", "small", "base", "large"],
         "attention": ["bench_attention.py"],
+        "data": ["bench_data.py", *mst],
         "trainers": ["bench_trainers.py", *data],
+        "scenes": ["bench_scenes.py", *data],
     }
     found["models larger"] += ["--measure", "482x512", "step"]
+    race = ["race.py", *mst, *data, "--folds", str(FOLDS)]
     for budget, folds in BUDGETS:
-        race = ["race.py", *mst, *data, "--budget", str(budget), "--folds", str(FOLDS)]
-        found[f"race {budget}"] = [*race, "--most-folds", str(folds), "--curves"]
+        found[f"race {budget}"] = [*race, "--budget", str(budget), "--most-folds", str(folds)]
+        found[f"race {budget}"] += ["--curves"]
+    found["ablation"] = [*race, "--budget", "300", "--most-folds", "2"]
+    found["ablation"] += ["--ablation", *ABLATIONS]
     return found
 
 

@@ -105,6 +105,7 @@ def main() -> None:
     parser = common.CliParser(description=__doc__)
     parser.add_argument("--data_root", help="measured scenes, raw or staged")
     parser.add_argument("--picture", type=Path, help="where to write a picture of twelve scenes")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     columns = {"neutral": figures(generated(True)), "lit": figures(generated(False))}
     if args.data_root:
@@ -115,6 +116,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(column[name] for column in columns.values())} |")
     if args.picture:
         draw(args.picture)
+    if args.json:
+        common.write_json(args.json, columns)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
+import bench_all  # noqa: E402
 import demo  # noqa: E402
 import race  # noqa: E402
 
@@ -163,3 +165,15 @@ def test_a_list_in_an_entrant_keeps_its_commas():
     entrant = race.parse_entrant("hsifusion:small,depths=[1,2,2],lr=0.001")
     assert entrant.size == "small" and entrant.options == {"depths": [1, 2, 2]}
     assert entrant.training["lr"] == 0.001
+
+
+def test_all_benchmarks_are_part_of_make_bench():
+    args = argparse.Namespace(mst_root="mst", data_root="scenes")
+    parts = bench_all.parts(args)
+    scripts = {command[0] for command in parts.values()}
+    found = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert scripts == found - {"bench_all.py"} | {"race.py"}
+    for script, *flags in parts.values():
+        text = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
+        for flag in ["--json", *(flag for flag in flags if flag.startswith("--"))]:
+            assert f'"{flag}"' in text, f"{script} {flag}"
