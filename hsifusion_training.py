@@ -56,9 +56,11 @@ class TrainConfig(DataConfig):
     epochs: int = _learn(300, "length of the run")
     accumulate_steps: int = _learn(1, "batches per optimizer step")
     optimizer: str = _learn("adamw", "update rule", choices=("adamw", "adam"))
-    lr: float = _learn(4e-4, "peak learning rate")
+    lr: float = _learn(8e-4, "peak learning rate")
     eta_min: float = _learn(1e-6, "learning rate at the end of the cosine")
-    warmup_epochs: float = _learn(5.0, "epochs of linear warm-up")
+    warmup_epochs: float | None = _learn(
+        None, "epochs of linear warm-up (default: 5, at most a twentieth of the run)"
+    )
     weight_decay: float = _learn(1e-4, "on weight matrices; never on norms, biases, layer scales")
     gradient_clip: float = _learn(1.0, "largest gradient norm; 0 is no clipping")
     train_floor: float = _learn(1e-3, "smallest denominator of the training MRAE")

@@ -318,6 +318,13 @@ def test_learning_rate_starts_above_zero_peaks_and_stays_at_the_end(trainer, raw
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("epochs, warmup", [(20, 1.0), (100, 5.0), (300, 5.0)])
+def test_a_short_run_warms_up_for_a_twentieth_of_it(trainer, epochs, warmup, raw_arad, tmp_path):
+    module = importlib.import_module(trainer)
+    assert module.TrainConfig(data_root=str(raw_arad), epochs=epochs).warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
     model, _, optimizer = parts(make_run(trainer, raw_arad, tmp_path, "--weight_decay", 0.1))
     decayed, free = optimizer.param_groups
