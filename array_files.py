@@ -2,8 +2,7 @@
 cube_files uses this room.
 
     with open_arrays(Path("scene.mat")) as arrays:
-        cube = arrays[pick_key(arrays, None, path)]
-"""
+        cube = arrays[pick_key(arrays, None, path)]"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,18 +21,12 @@ NUMBERS = "iuf"  # NumPy's kinds of integers and floats
 NOT_NUMBERS = ("char", "logical", "sparse", "function", "object", "opaque")  # MATLAB's classes
 HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
 ARRAY_SUFFIXES = (".npz", ".mat", *HDF5_SUFFIXES)
-# What other files of these suffixes begin with.
-OLDER_FORMATS = {b"CDF": "netCDF-3", b"\x0e\x03\x13\x01": "HDF4"}
-# Attributes of an HDF5 data set, in small letters.
-NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
+OLDER_FORMATS = {b"CDF": "netCDF-3", b"\x0e\x03\x13\x01": "HDF4"}  # by how files of them begin
+NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")  # attributes of an HDF5 data set
 
-# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2,
-# little-endian.
-MAT_HEADER = (
-    b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116)
-    + bytes(8)
-    + b"\x00\x02IM"
-)
+# A MATLAB v7.3 file before its HDF5: text, no subsystem data, version 2, little-endian.
+MAT_HEADER = b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116)
+MAT_HEADER += bytes(8) + b"\x00\x02IM"
 
 
 def leaf(name: str) -> str:
@@ -54,27 +47,23 @@ def pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
     or capitals; else a usual name, else the only array with three axes."""
     if not arrays:
         raise UserError(f"{path}: there are no arrays of real numbers in it; save the cube as one")
-    listed = list(arrays)
+    if key is not None and key in arrays:
+        return key
     if key is None:
         cubes = [name for name, array in arrays.items() if len(three_axes(array.shape)) == 3]
-        usual = [name for name in cubes if leaf(name) in CUBE_KEYS]
-        for names in (usual, cubes):
-            if len(names) == 1:
-                return names[0]
-        if not cubes:
-            shown = ", ".join(listed)
-            raise UserError(f"{path}: no array of three axes, only {shown}; save the cube as one")
+        matches = [[name for name in cubes if leaf(name) in CUBE_KEYS], cubes]
         problem, listed = "which array is the cube?", cubes
-    elif key in arrays:
-        return key
     else:
         wanted = key.strip("/").replace(".", "/").lower()
-        whole = [name for name in arrays if name.lower() == wanted]
-        last = [name for name in arrays if leaf(name) == wanted]
-        for names in (whole, last):
-            if len(names) == 1:
-                return names[0]
-        problem = f"no array {key} in it;"
+        matches = [[name for name in arrays if name.lower() == wanted]]
+        matches.append([name for name in arrays if leaf(name) == wanted])
+        problem, listed = f"no array {key} in it;", list(arrays)
+    for names in matches:
+        if len(names) == 1:
+            return names[0]
+    if not listed:
+        shown = ", ".join(arrays)
+        raise UserError(f"{path}: no array of three axes, only {shown}; save the cube as one")
     raise UserError(f"{path}: {problem} give --cube-key, one of: {', '.join(listed)}")
 
 
@@ -235,12 +224,10 @@ def _collect_hdf5(name: str, item: Any, found: dict[str, Any], entered: set[Any]
 
 
 def _is_numeric(item: h5py.Dataset) -> bool:
-    """MATLAB stores text as uint16, logicals as uint8, tables as numbers of objects, and of an
-    empty array the size."""
+    """MATLAB stores text, logicals and tables as integers too, and of an empty array the size."""
     kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode()
-    return kind.lstrip("u").startswith(("double", "single", "int")) and (
-        "MATLAB_empty" not in item.attrs
-    )
+    numeric = kind.lstrip("u").startswith(("double", "single", "int"))
+    return numeric and "MATLAB_empty" not in item.attrs
 
 
 def state_matlab_classes(file: h5py.File) -> None:

@@ -1,7 +1,6 @@
 """Overlapping windows of an image's tokens, cut and added up again, and rotary positions in them.
 
-Images are (B, H, W, C). Shapes: B batch, H W tokens, C channels, D head width.
-"""
+Images are (B, H, W, C). Shapes: B batch, H W tokens, C channels, D head width."""
 
 import functools
 import math
@@ -12,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Build = Callable[[int, int, int, torch.device], Tensor]  # of side, window, stride and device
+
 
 def rotary_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Cosines and signed sines (2, height * width, dim) that turn a head of width `dim`.
-
-    Pairs are (i, i + dim / 2), the first half of them turned by row, the second by column: rotary
-    position embedding in 2-D (Su et al. 2021). Wavelengths run from 2 pi to about 100 tokens."""
+    """Cosines and signed sines (2, height * width, dim) that turn a head of width `dim`. Pairs are
+    (i, i + dim / 2), the first half of them turned by row, the second by column: rotary position
+    embedding in 2-D (Su et al. 2021). Wavelengths run from 2 pi to about 100 tokens."""
     frequency = 16.0 ** -(torch.arange(dim // 4, device=device) / max(1, dim // 4))
     rows = torch.arange(height, device=device)[:, None] * frequency
     columns = torch.arange(width, device=device)[:, None] * frequency
@@ -93,16 +93,12 @@ def keys_inside(side: int, window: int, stride: int, device: torch.device) -> Te
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(
-    build: Callable[..., Tensor], side: int, window: int, stride: int, device: torch.device
-) -> Tensor:
+def _kept(build: Build, side: int, window: int, stride: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a later step may need it for gradients
         return build(side, window, stride, device)
 
 
-def along_axis(
-    build: Callable[..., Tensor], side: int, window: int, stride: int, device: torch.device
-) -> Tensor:
+def along_axis(build: Build, side: int, window: int, stride: int, device: torch.device) -> Tensor:
     """`build(side, window, stride, device)`, kept from block to block where no graph is traced."""
     make = build if torch.compiler.is_compiling() else partial(_kept, build)
     return make(side, window, stride, device)

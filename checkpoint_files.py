@@ -1,8 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, refused where damaged.
 
 save_checkpoint("last.ckpt", state)
-state = read_checkpoint("last.ckpt")                  # or a .safetensors file, or bare weights
-"""
+state = read_checkpoint("last.ckpt")                  # or a .safetensors file, or bare weights"""
 
 import hashlib
 import io
@@ -104,18 +103,16 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: holds no model weights")
     if state["ema"] is not None and not _are_weights(state["ema"]):
         raise UserError(f"{path}: damaged, its averaged weights are none")
-    kinds = {"model": str, "model_config": dict, "data": dict}
-    for key, kind in kinds.items():
+    for key, kind in (("model", str), ("model_config", dict), ("data", dict)):
         if state[key] is not None and not isinstance(state[key], kind):
             raise UserError(f"{path}: damaged, its {key} is a {type(state[key]).__name__}")
     return state
 
 
 def _are_weights(found: Any) -> bool:
-    if not isinstance(found, dict) or not found:
-        return False
-    named = all(isinstance(name, str) for name in found)
-    return named and all(isinstance(value, Tensor) for value in found.values())
+    pairs = found.items() if isinstance(found, dict) else ()
+    fits = [isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs]
+    return bool(fits) and all(fits)
 
 
 def _read_torch(path: Path) -> Any:
@@ -123,9 +120,8 @@ def _read_torch(path: Path) -> Any:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file; all mean the same
-        reason = "damaged"
-        if "weights_only" in str(error).lower():
-            reason = "it holds more than tensors and plain types"
+        refused = "weights_only" in str(error).lower()
+        reason = "it holds more than tensors and plain types" if refused else "damaged"
         raise UserError(
             f"{path}: refused as a checkpoint ({reason}); use a file written by the trainers"
         ) from None
@@ -150,23 +146,16 @@ def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights: dict[str, Tensor] = {}
-            for name in list(file.keys()):
-                weights[name] = file.get_tensor(name)
+            names = list(file.keys())
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
         digest = metadata.pop(DIGEST, None)
         if digest not in (None, _digest(weights, metadata)):
             raise ValueError("damaged: another checksum")
-        model_config = json.loads(metadata.get("model_config", "{}"))
-        data = json.loads(metadata.get("data", "{}"))
+        parts = {name: json.loads(metadata.get(name, "{}")) for name in ("model_config", "data")}
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return {
-        "model": metadata.get("model"),
-        "model_config": model_config,
-        "data": data,
-        "state_dict": weights,
-        "ema": weights if metadata.get("averaged") == "true" else None,
-    }
+    averaged = weights if metadata.get("averaged") == "true" else None
+    return {"model": metadata.get("model"), "state_dict": weights, "ema": averaged} | parts
 
 
 Model = TypeVar("Model", bound=nn.Module)

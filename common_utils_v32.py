@@ -1,8 +1,7 @@
 """What two or more of the scripts share: command line from dataclasses, seeds, files, states of
 optimizers.
 
-Imports nothing of the project but terminal.py; see README.md for the scripts.
-"""
+Imports nothing of the project but terminal.py; see README.md for the scripts."""
 
 import argparse
 import contextlib
@@ -36,6 +35,7 @@ import terminal
 from terminal import CliParser
 
 LEFTOVER_AGE = 3600  # seconds after which a temporary file is taken for a killed process's
+Choices = tuple[str, ...] | None
 
 
 class UserError(Exception):
@@ -66,9 +66,7 @@ def _end(code: int, error: str = "") -> NoReturn:
     sys.exit(code)
 
 
-def opt(
-    default: Any, help: str, *, group: str = "settings", choices: tuple[str, ...] | None = None
-) -> Any:
+def opt(default: Any, help: str, *, group: str = "settings", choices: Choices = None) -> Any:
     """A dataclass field that also describes its command-line flag."""
     metadata = {"help": help, "group": group, "choices": choices}
     if isinstance(default, list):
@@ -118,7 +116,7 @@ def _add_flags(parser: CliParser, cls: type) -> set[str]:
     return {field.name for field in fields}
 
 
-def _flag_kind(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
+def _flag_kind(hint: Any, choices: Choices) -> dict[str, Any]:
     """What add_argument needs to know of a field's type."""
     if type(None) in get_args(hint):
         hint = get_args(hint)[0]
@@ -239,21 +237,15 @@ def _runs(process: int) -> bool:
 
 def to_json(value: Any, **kwargs: Any) -> str:
     """JSON of plain values, paths, NumPy and torch scalars and arrays; NaN, infinity: null."""
-
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value.tolist()
-
-    text = json.dumps(value, default=plain)
+    text = json.dumps(value, default=lambda x: str(x) if isinstance(x, Path) else x.tolist())
     return json.dumps(json.loads(text, parse_constant=lambda name: None), **kwargs)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
@@ -289,18 +281,13 @@ def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.Grad
 def restore(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict) -> None:
     """Load both from `state`; a scale that was kept for another precision is left out."""
     optimizer.load_state_dict(state["optimizer"])
-    _lay_out_alike(optimizer)
-    if state["scaler"]["growth_factor"] == scaler.get_growth_factor():
-        scaler.load_state_dict(state["scaler"])
-
-
-def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their weights, which another `use_channels_last` may
-    have written otherwise: fused kernels go through both in one order."""
+    # Moments written under another `use_channels_last` get the layout that fused kernels need.
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if moment.shape == parameter.shape and moment.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+    if state["scaler"]["growth_factor"] == scaler.get_growth_factor():
+        scaler.load_state_dict(state["scaler"])
 
 
 def restore_schedule(
@@ -309,14 +296,12 @@ def restore_schedule(
     """Load a schedule whose optimizer is restored; go on with this run's lr and weight decay."""
     schedule.load_state_dict(state)
     schedule.base_lrs = [lr] * len(schedule.base_lrs)
-    groups = schedule.optimizer.param_groups
-    decays = (weight_decay, 0.0)
-    for group, decay, curve in zip(groups, decays, schedule.lr_lambdas, strict=True):
+    groups, curves = schedule.optimizer.param_groups, schedule.lr_lambdas
+    for group, decay, curve in zip(groups, (weight_decay, 0.0), curves, strict=True):
         group.update(weight_decay=decay, initial_lr=lr, lr=lr * curve(schedule.last_epoch))
 
 
 def _float_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers that can be averaged."""
     tensors = (*model.parameters(), *model.buffers())
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 

@@ -2,8 +2,7 @@
 the formats. docs/formats.md tells what is read, assumed and refused.
 
 cube = read_cube("scene.mat")                                 # (H, W, bands) float32
-write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, W) float32
-"""
+write_cube(Path("out.mat"), prediction, wavelengths, "mat")   # from (bands, H, W) float32"""
 
 import errno
 import importlib
@@ -55,6 +54,7 @@ FEW = 0.01  # share of values that may be outliers
 WRITTEN = {"npy": ".npy", "mat": ".mat", "envi": ".hdr", "npz": ".npz", "tiff": ".tif"}
 # Arrays above this are mapped to files, and pages let go after as much was written.
 MAPPED_BYTES = 256 << 20
+Shape = tuple[int, ...]
 
 
 @contextmanager
@@ -102,16 +102,14 @@ def extra(module: str) -> ModuleType:
         ) from None
 
 
-def allocate_array(shape: tuple[int, ...], dtype: type, work: Path, copies: int = 1) -> np.ndarray:
+def allocate_array(shape: Shape, dtype: type, work: Path, copies: int = 1) -> np.ndarray:
     """An empty array in memory, a big one mapped to a file in `work`, where `copies` of it fit."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= MAPPED_BYTES:
         return np.empty(shape, dtype)
-    free, needed = shutil.disk_usage(work).free, copies * size
+    free, needed = shutil.disk_usage(work).free / 2**30, copies * size / 2**30
     if needed > free:
-        raise UserError(
-            f"{work.parent}: needs {needed / 2**30:.1f} GiB there, {free / 2**30:.1f} GiB are free"
-        )
+        raise UserError(f"{work.parent}: needs {needed:.1f} GiB there, {free:.1f} GiB are free")
     file = work / f"{np.dtype(dtype)}.npy"
     array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
     reserve(file, file.stat().st_size)
@@ -160,12 +158,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 
 def cube_axes(
-    shape: tuple[int, ...],
-    path: Path,
-    *,
-    axes: str | None,
-    bands: int | None,
-    rgb_shape: tuple[int, ...] | None,
+    shape: Shape, path: Path, *, axes: str | None, bands: int | None, rgb_shape: Shape | None
 ) -> str:
     """The three stored axes as NumPy or h5py shows them, such as "cwh", told by the band count and
     the paired RGB's size (H, W, ...). MATLAB is column-major: H x W x bands of a v7.3 file comes
@@ -205,7 +198,7 @@ def cube_axes(
     )
 
 
-def _what_is_missing(bands: int | None, rgb_shape: tuple[int, ...] | None) -> str:
+def _what_is_missing(bands: int | None, rgb_shape: Shape | None) -> str:
     missing = f"does not have {bands or 'few'} bands"
     if rgb_shape is not None:
         missing += f" and {rgb_shape[0]} x {rgb_shape[1]} pixels as its RGB"
@@ -232,7 +225,7 @@ def read_stored(
     key: str | None = None,
     axes: str | None = None,
     bands: int | None = None,
-    rgb_shape: tuple[int, ...] | None = None,
+    rgb_shape: Shape | None = None,
 ) -> tuple[np.ndarray, Facts]:
     """All stored bands of a cube, (H, W, bands) float32 in any memory order, and what the file says
     of them. Values as stored, but for what a header states: a scale factor is applied, no data is
@@ -341,11 +334,7 @@ class StoredCube(NamedTuple):
 
 
 def find_stored_cube(
-    path: Path,
-    key: str | None,
-    axes: str | None,
-    bands: int | None,
-    rgb_shape: tuple[int, ...] | None,
+    path: Path, key: str | None, axes: str | None, bands: int | None, rgb_shape: Shape | None
 ) -> StoredCube | None:
     """What read_window needs, nothing decoded; None for a file that decodes as a whole alone."""
     with reading(path, "a hyperspectral cube"):
@@ -416,8 +405,7 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
 
 def band_images(folder: Path) -> list[Path]:
     """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), by number."""
-    # A link to a scene may have another name.
-    for place in (folder, folder / folder.name, folder / folder.resolve().name):
+    for place in (folder, folder / folder.name, folder / folder.resolve().name):  # it may be a link
         numbered: dict[int, Path] = {}
         for path in place.glob("*.png"):
             number = re.search(r"(\d+)$", path.stem)
@@ -425,11 +413,9 @@ def band_images(folder: Path) -> list[Path]:
                 numbered[int(number[1])] = path
         if not numbered:
             continue
-        missing = set(range(1, max(numbered))) - set(numbered)
-        if missing:
-            raise UserError(
-                f"{place}: band image number {min(missing)} is missing; replace the folder"
-            )
+        missing = min(set(range(1, max(numbered))) - set(numbered), default=None)
+        if missing is not None:
+            raise UserError(f"{place}: band image number {missing} is missing; replace the folder")
         return [numbered[number] for number in sorted(numbered)]
     raise UserError(f"{folder}: no numbered band images (PNG) in it")
 

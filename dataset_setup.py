@@ -10,8 +10,7 @@ synthetic raw one is made.
 A staged folder has {train,val,test}/<scene>.cube.npy (H, W, bands) and .rgb.npy (H, W, 3),
 index.json (statistics, checksums, patch grids) and contact_sheet.png, where a wrong transpose
 shows. A scene is written whole or not at all; the same command again carries on where the last one
-stopped.
-"""
+stopped."""
 
 import argparse
 import multiprocessing
@@ -353,8 +352,7 @@ def stage(args: argparse.Namespace) -> None:
     records: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for split, scene in jobs:
         records[split].append(root / split / f"{scene.name}.json")
-    expected = {path for paths in records.values() for path in paths}
-    strange = set(root.glob("*/*.json")) - expected
+    strange = set(root.glob("*/*.json")).difference(*records.values())
     if strange:
         raise UserError(
             f"{min(strange)}: a scene that the source lacks; remove {root} or give another "
@@ -383,7 +381,6 @@ def _source_camera(args: argparse.Namespace) -> str | None:
 
 
 def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
-    """One row of the table."""
     split, scene = job
     row = f"{split:5s} {scene.name:24s}"
     try:

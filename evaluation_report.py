@@ -3,8 +3,7 @@
     write_report(Path("results"), summaries, folders, stress)      # -> results/report.html
 
 The page is report_page/template.html with report_page/report.js; here its data are gathered from
-what the evaluation wrote: summaries, metrics/, hsi/, photos/ and scale/ of each model's folder.
-"""
+what the evaluation wrote: summaries, metrics/, hsi/, photos/ and scale/ of each model's folder."""
 
 import base64
 import io
@@ -30,16 +29,13 @@ MOST_BYTES = 28e6  # of the page; pictures and spectra of fewer scenes where all
 PICTURE = 420  # pixels, longer side
 FLOOR = 0.01  # of the relative error that the map shows
 CURVED = ("mrae", "rmse")  # per-band curves
-LEARNING = {"steps": "step", "mrae": "mrae"}  # of a run's validations
 
 
 def write_report(
     output: Path, summaries: list[dict], folders: list[Path], stress: list[dict]
 ) -> Path:
-    """Write <output>/report.html; -> its path.
-
-    summaries: of `summarise`, one for each model, and the folders of their scenes. stress: rows of
-    the stress report, or none."""
+    """Write <output>/report.html; -> its path. summaries: of `summarise`, one for each model, and
+    the folders of their scenes. stress: rows of the stress report, or none."""
     first, each = summaries[0], max(2, SHOWN // len(summaries))
     models, rows = [], []
     for summary, folder in zip(summaries, folders, strict=True):
@@ -51,38 +47,30 @@ def write_report(
         ]
         models.append(_model(summary, folder, _chosen(records, each)))
     _leave_out_scenes(models)
-    about = f"{_scene_count(first)} of {first['split']} ({first['data_root']}); "
+    count = "1 scene" if first["scenes"] == 1 else f"{first['scenes']} scenes"
+    about = f"{count} of {first['split']} ({first['data_root']}); "
     about += "{} rows and {} columns left out on each side".format(*first["border"])
-    data = {
-        "title": f"Evaluation of {', '.join(summary['name'] for summary in summaries)}",
+    names = ", ".join(summary["name"] for summary in summaries)
+    changes = list(stress[0]) if stress else []
+    page = {
+        "title": f"Evaluation of {names}",
         "about": f"{about}, MRAE floor {first['metric_floor']:g}",
         "headline": {"head": ["model", *HEADLINE], "rows": [_headline(s) for s in summaries]},
         "scenes": {"head": ["model", "scene", *HEADLINE], "rows": rows},
-        "stress": {
-            "head": list(stress[0]) if stress else [],
-            "rows": [list(row.values()) for row in stress],
-        },
+        "stress": {"head": changes, "rows": [list(row.values()) for row in stress]},
         "models": models,
         "levels": LEVELS,
         "settings": _settings(summaries),
     }
-    return _write_page(output / "report.html", data)
+    return _write_page(output / "report.html", page)
 
 
 def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
-    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
-    of clicked pixels."""
+    """One cube (bands, H, W) and its photo (H, W, 3) uint8 as such a page."""
     name, small = path.stem.removesuffix("_preview"), _sample(cube, GRID)
     top = float(max(small.max(), 1e-6))
     seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)
-    scene: dict[str, Any] = {
-        "name": name,
-        "why": "",
-        "height": cube.shape[1],
-        "width": cube.shape[2],
-    }
-    scene |= {"grid": small.shape[1:], "top": top, "predicted": _packed(small, top)}
-    scene |= {"photo": _picture(seen), "rendered": _picture(_as_seen(_sample(cube, PICTURE), nm))}
+    scene = {"name": name, "why": "", "photo": _picture(seen)} | _shown_cube(cube, small, top, nm)
     learning: dict[str, list] = {"steps": [], "mrae": []}
     model = {"name": "", "wavelengths": nm, "learning": learning, "shown": [scene]}
     page: dict[str, Any] = {"title": name, "settings": "", "levels": LEVELS, "models": [model]}
@@ -98,10 +86,6 @@ def _write_page(path: Path, data: dict) -> Path:
     inside = to_json(data).replace("</", "<\\/")  # "</" would end the script element early
     write_text(path, page.replace("__SCRIPT__", script).replace("__DATA__", inside))
     return path
-
-
-def _scene_count(summary: dict) -> str:
-    return "1 scene" if summary["scenes"] == 1 else f"{summary['scenes']} scenes"
 
 
 def _headline(summary: dict) -> list[str]:
@@ -123,24 +107,19 @@ def _settings(summaries: list[dict]) -> str:
 def _chosen(records: list[dict], count: int) -> list[tuple[str, dict]]:
     """(why, record) of the best, the worst, and others between them, evenly by their error."""
     places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    chosen = []
-    for place in dict.fromkeys(places.tolist()):
-        why = f"{place + 1} of {len(records)}"
-        if place in (0, len(records) - 1):
-            why = "best" if place == 0 else "worst"
-        chosen.append((why, records[place]))
-    return chosen
+    why = {place: f"{place + 1} of {len(records)}" for place in places.tolist()}
+    why |= {len(records) - 1: "worst", 0: "best"}
+    return [(why[place], records[place]) for place in dict.fromkeys(places.tolist())]
 
 
 def _model(summary: dict, folder: Path, chosen: list[tuple[str, dict]]) -> dict[str, Any]:
-    per_band = {key: summary["per_band"][key] for key in CURVED}
-    validations = read_log(Path(summary["checkpoint"]).parent / "metrics.jsonl")["val"]
+    log = read_log(Path(summary["checkpoint"]).parent / "metrics.jsonl")["val"]
     return {
         "name": summary["name"],
         "wavelengths": summary["wavelengths"],
-        "per_band": per_band,
+        "per_band": {key: summary["per_band"][key] for key in CURVED},
         "calibration": summary.get("calibration"),
-        "learning": {key: [row[name] for row in validations] for key, name in LEARNING.items()},
+        "learning": {"steps": [row["step"] for row in log], "mrae": [row["mrae"] for row in log]},
         "shown": [_scene(folder, summary, why, record) for why, record in chosen],
     }
 
@@ -200,25 +179,36 @@ def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any
     small, truth = _sample(predicted, GRID), _sample(measured, GRID)
     top = float(max(small.max(), truth.max(), 1e-6))
     error, error_top = _error_map(_sample(predicted, PICTURE), _sample(measured, PICTURE))
+    with Image.open(folder / "photos" / f"{name}.jpg") as image:
+        image.thumbnail((PICTURE, PICTURE))
+        photo = _picture(np.asarray(image.convert("RGB")))
     scene = {
         "name": name,
         "why": why,
         "mrae": record["mrae"],
-        "height": predicted.shape[1],
-        "width": predicted.shape[2],
-        "grid": small.shape[1:],
-        "top": top,
-        "photo": _photo(folder / "photos" / f"{name}.jpg"),
-        "rendered": _picture(_as_seen(_sample(predicted, PICTURE), summary["wavelengths"])),
+        "photo": photo,
         "error": error,
         "error_top": error_top,
-        "predicted": _packed(small, top),
         "measured": _packed(truth, top),
+        **_shown_cube(predicted, small, top, summary["wavelengths"]),
     }
     scale = folder / "scale" / f"{name}.npy"
     if scale.exists():
         scene["scale"] = _packed(_sample(np.load(scale, mmap_mode="r"), GRID), top)
     return scene
+
+
+def _shown_cube(cube: np.ndarray, small: np.ndarray, top: float, nm: list[float]) -> dict[str, Any]:
+    """What the page shows of a cube (bands, H, W) and its sample `small`, from 0 to `top`."""
+    rendered = cube_to_srgb(_sample(cube, PICTURE).transpose(1, 2, 0), nm)
+    return {
+        "height": cube.shape[1],
+        "width": cube.shape[2],
+        "top": top,
+        "grid": small.shape[1:],
+        "predicted": _packed(small, top),
+        "rendered": _picture(rendered),
+    }
 
 
 def _sample(cube: np.ndarray, most: int) -> np.ndarray:
@@ -237,10 +227,6 @@ def _packed(cube: np.ndarray, top: float) -> str:
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
 
 
-def _as_seen(cube: np.ndarray, wavelengths: list[float]) -> np.ndarray:
-    return cube_to_srgb(cube.transpose(1, 2, 0), wavelengths)
-
-
 def _error_map(predicted: np.ndarray, measured: np.ndarray) -> tuple[str, float]:
     """A picture of the relative error of each pixel, and the error at its bright end."""
     from matplotlib import colormaps
@@ -249,12 +235,6 @@ def _error_map(predicted: np.ndarray, measured: np.ndarray) -> tuple[str, float]
     top = float(np.quantile(error, 0.98)) or 1.0
     colours = colormaps["cividis"](np.clip(error / top, 0, 1))[..., :3]
     return _picture(np.rint(colours * 255).astype(np.uint8)), top
-
-
-def _photo(path: Path) -> str:
-    with Image.open(path) as image:
-        image.thumbnail((PICTURE, PICTURE))
-        return _picture(np.asarray(image.convert("RGB")))
 
 
 def _picture(pixels: np.ndarray) -> str:

@@ -2,8 +2,7 @@
 size, and compressed zeros really have it.
 
     check_claims(Path("scene.mat"))          # UserError where reading it could not end well
-    with open_image(path) as image: ...
-"""
+    with open_image(path) as image: ..."""
 
 import math
 import struct

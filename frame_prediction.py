@@ -2,8 +2,7 @@
 that fit the memory, and what a forward costs.
 
     model = load_model("best.ckpt", torch.device("cpu"))
-    cube, tile = predict(model, source, (height, width), PredictionOptions(), allocate)
-"""
+    cube, tile = predict(model, source, (height, width), PredictionOptions(), allocate)"""
 
 import importlib
 import json
@@ -47,6 +46,7 @@ PHOTO_FACTS = {"rgb_norm": ("per_image", "unit"), "rgb_encoding": ("linear", "sr
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 _how = partial(opt, group="computing")
 
+Run = Callable[[Tensor], Tensor]  # x (B, 3, h, w) -> (B, C, h, w)
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
 Allocate = Callable[[int], np.ndarray]  # channels -> an array (channels, H, W) to fill
 Tick = Callable[[float], Any]  # told of pixels that are done
@@ -307,7 +307,7 @@ def ramp(length: int) -> Tensor:
 
 
 def blend_tiles(
-    run: Callable[[Tensor], Tensor],
+    run: Run,
     source: Source,
     size: tuple[int, int],
     patch: int,
@@ -349,12 +349,7 @@ def blend_tiles(
 
 
 def _predicted(
-    run: Callable[[Tensor], Tensor],
-    source: Source,
-    rows: tuple[int, int],
-    columns: list[int],
-    width: int,
-    batch: int,
+    run: Run, source: Source, rows: tuple[int, int], columns: list[int], width: int, batch: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(number, left, tile (C, h, w)) of a strip's tiles, `batch` of them in a forward."""
     for first in range(0, len(columns), batch):
@@ -379,6 +374,11 @@ def _place(tile: Tensor, out: np.ndarray, y: int, x: int, above: int) -> None:
 def in_memory(size: tuple[int, int]) -> Allocate:
     """What allocates the output for a frame of `size` (H, W) that memory holds."""
     return lambda channels: np.empty((channels, *size), np.float32)
+
+
+def tiles_of(rgb: Tensor) -> Source:
+    """A reader of the tiles of a frame (1, 3, H, W)."""
+    return lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1]
 
 
 def plan_tile(model: Loaded, size: tuple[int, int], options: PredictionOptions) -> int:
@@ -419,11 +419,8 @@ def predict_frame(network: nn.Module, rgb: Tensor, device: torch.device) -> Tens
 
     size = (rgb.shape[-2], rgb.shape[-1])
 
-    def source(top: int, bottom: int, left: int, right: int) -> Tensor:
-        return rgb[0, :, top:bottom, left:right]
-
     def tiled(tile: int) -> np.ndarray:
-        return blend_tiles(run, source, size, tile, tile // 8, 1, in_memory(size))
+        return blend_tiles(run, tiles_of(rgb), size, tile, tile // 8, 1, in_memory(size))
 
     cube, _ = in_smaller_tiles(tiled, smaller_tile(max(size)))
     return torch.from_numpy(cube)[None]

@@ -13,8 +13,7 @@ metrics.jsonl, summary.json, run.png and TensorBoard files. SIGTERM, SIGINT and 
 step, save, and exit with code 75.
 
 On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLICY=PASSIVE): OpenMP's
-threads wait busily, and two trainers on two cores slow each other tenfold without it.
-"""
+threads wait busily, and two trainers on two cores slow each other tenfold without it."""
 
 import dataclasses
 import math
@@ -154,7 +153,6 @@ class Run(RunState):
         )
 
     def train(self) -> int:
-        """All epochs -> exit code."""
         start, done = time.monotonic(), False
         with self.bar:
             while self.epoch < self.cfg.epochs:

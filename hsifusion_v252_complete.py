@@ -11,8 +11,7 @@ linear map from RGB to the bands: `SpectralHead` of spectral_layers.py.
 
 Features are (B, H, W, C) throughout. Levels halve with a ceiling, so no size needs padding but the
 odd row or column that a 2 x 2 cell lacks. Shapes: B batch, H W pixels or tokens, C channels,
-h heads, N tokens, D head width.
-"""
+h heads, N tokens, D head width."""
 
 from __future__ import annotations
 
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import spectral_layers as layers
 from attention_windows import (
@@ -384,7 +382,7 @@ class HSIFusionNet(nn.Module):
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
-        width = self.stem.out_features
+        width, recompute = self.stem.out_features, self.config.use_checkpoint and self.training
         x = in_strips(lambda x: self.stem(layers.space_to_depth(x)), colour, channels=width)
         x = in_strips(lambda x: x + self.stem_mix(x), x, channels=width, halo=1)
         skips = []
@@ -392,24 +390,18 @@ class HSIFusionNet(nn.Module):
             if level > 0:
                 skips.append(x)
                 x = self._halve(x, self.down[level - 1])
-            x = self.run(stage, x)
+            x = layers.run_blocks(stage, x, recompute)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
             x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
             if self.config.use_cross_attention:
                 x = self.cross[step](x, skip)
-            x = self.run(stage, self.fuse[step](torch.cat([x, skip], dim=-1)))
+            x = self.fuse[step](torch.cat([x, skip], dim=-1))
+            x = layers.run_blocks(stage, x, recompute)
         return x
 
     def _halve(self, x: Tensor, down: nn.Module) -> Tensor:
         return in_strips(lambda x: down(layers.space_to_depth(x)), x, channels=2 * x.shape[3])
-
-    def run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """The blocks of a stage in turn."""
-        recompute = self.config.use_checkpoint and self.training
-        for block in stage.children():
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x
 
     @torch.no_grad()
     def fit_spectral_path(self, rgb: Tensor, cube: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Measured reflectances and lights, from colour-science's tables, at bands of 10 nm.
 
 table = measured_reflectances()             # (n, 31), 400 to 700 nm
-power = measured_light("FL2")               # (31,), peak 1
-"""
+power = measured_light("FL2")               # (31,), peak 1"""
 
 import functools
 

@@ -1,7 +1,6 @@
 """Photos as cameras and people save them: every bit depth kept, colour profiles converted, upright.
 
-photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks
-"""
+photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks"""
 
 import io
 from pathlib import Path
@@ -21,6 +20,7 @@ NOT_READ = (*RAW_SUFFIXES, ".heic", ".heif", ".avif", ".gif", ".mp4", ".mov", ".
 STRIP = 1024  # rows that are converted at a time
 EXIF_ORIENTATION, EXIF_MAKER, TIFF_DNG_VERSION = 274, 271, 50706
 TWELVE_BITS, SIXTEEN_BITS = 4095, 65535
+Profile = ImageCms.ImageCmsProfile
 
 
 class Photo(NamedTuple):
@@ -43,7 +43,8 @@ def read_photo(path: Path, work: Path) -> Photo:
             )
         return Photo(stored, [])
     with open_image(path) as image:
-        deep = _is_deep(image)  # before its EXIF is asked for, which may load the pixels
+        # Of 16-bit RGB the stored tiles alone tell, before its EXIF is asked for and loads pixels.
+        deep = image.mode.startswith("I") or ";16" in str(image.tile)
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")
         if TIFF_DNG_VERSION in getattr(image, "tag_v2", ()):
@@ -74,10 +75,7 @@ def refuse_unreadable(path: Path) -> None:
 
 
 def _shallow_pixels(
-    image: ImageFile.ImageFile,
-    profile: ImageCms.ImageCmsProfile | None,
-    work: Path,
-    remarks: list[str],
+    image: ImageFile.ImageFile, profile: Profile | None, work: Path, remarks: list[str]
 ) -> np.ndarray:
     """(H, W, 3) uint8, upright, in sRGB where a colour profile says what it is in."""
     upright: Image.Image = ImageOps.exif_transpose(image) if _is_turned(image) else image
@@ -97,11 +95,6 @@ def _shallow_pixels(
     return rgb
 
 
-def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Of 16-bit RGB, Pillow gives the high bytes: only the mode of the stored tiles tells."""
-    return image.mode.startswith("I") or ";16" in str(image.tile)
-
-
 def _deep_pixels(path: Path) -> np.ndarray | None:
     """(H, W, 3) uint16, upright; None where the file's coding gives its high bytes alone."""
     with open_image(path) as image:
@@ -114,9 +107,11 @@ def _deep_pixels(path: Path) -> np.ndarray | None:
     with open_image(path) as image:
         tiles = []
         for tile in image.tile:
-            swapped = _low_bytes(str(tile.args if isinstance(tile.args, str) else tile.args[0]))
-            if swapped is None:
+            mode = str(tile.args if isinstance(tile.args, str) else tile.args[0])
+            if not mode.endswith((";16B", ";16L")):
                 return None
+            # The other byte order reads the other byte of each value.
+            swapped = mode[:-1] + ("L" if mode.endswith("B") else "B")
             args = swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])
             tiles.append(tile._replace(args=args))
         image.tile = tiles
@@ -124,31 +119,24 @@ def _deep_pixels(path: Path) -> np.ndarray | None:
     return high.astype(np.uint16) << 8 | low
 
 
-def _low_bytes(mode: str) -> str | None:
-    """The mode that reads the other byte of each value: that of the other byte order."""
-    if mode.endswith(";16B"):
-        return mode[:-1] + "L"
-    return mode[:-1] + "B" if mode.endswith(";16L") else None
-
-
 def _is_turned(image: Image.Image) -> bool:
     return image.getexif().get(EXIF_ORIENTATION, 1) != 1
 
 
-def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+def _profile(image: Image.Image) -> Profile | None:
     """Its colour profile, where it has one that is not sRGB."""
     stored = image.info.get("icc_profile")
     if not stored:
         return None
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(stored))
+        profile = Profile(io.BytesIO(stored))
         name = _name_of(profile)
     except (OSError, ImageCms.PyCMSError):
         return None
     return None if "sRGB" in name else profile
 
 
-def _name_of(profile: ImageCms.ImageCmsProfile) -> str:
+def _name_of(profile: Profile) -> str:
     return ImageCms.getProfileDescription(profile).strip()
 
 

@@ -2,8 +2,7 @@
 this room.
 
     values, facts = read_envi(Path("leaf.bil.hdr"))      # (H, W, bands) float32, NaN: no data
-    write_tiff(Path("leaf.tif"), cube, [400.0, 410.0])   # (bands, H, W)
-"""
+    write_tiff(Path("leaf.tif"), cube, [400.0, 410.0])   # (bands, H, W)"""
 
 import gzip
 import logging
@@ -101,7 +100,6 @@ def _numbers(fields: dict[str, str], name: str, path: Path, count: int = 0) -> l
 
 
 def _whole(fields: dict[str, str], name: str, path: Path, default: int | None = None) -> int:
-    """A field that is a whole number."""
     if name not in fields and default is not None:
         return default
     values = _numbers(fields, name, path, 1)
@@ -170,19 +168,12 @@ def envi_facts(path: Path) -> Facts:
     centres, unit = _numbers(fields, "wavelength", path, bands), fields.get("wavelength units", "")
     if not centres:
         centres, unit = _named_centres(fields.get("band names", "").split(","))
-    return Facts(
-        centres=centres,
-        unit=unit,
-        bad=bad,
-        no_data=no_data[0] if no_data else None,
-        factor=factor[0],
-        remarks=tuple(remarks),
-    )
+    mark = no_data[0] if no_data else None
+    return Facts(centres, unit, bad, mark, factor[0], tuple(remarks))
 
 
 def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
-    """All stored bands as (H, W, bands) float32, divided by the header's reflectance scale factor,
-    or its gains applied; NaN where a value means no data."""
+    """(H, W, bands) float32 of all bands, scale factor or gains applied; NaN: no data."""
     fields, facts = envi_header(path), envi_facts(path)
     interleave = fields.get("interleave", "").lower()
     if interleave not in INTERLEAVES:
@@ -263,8 +254,7 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
 
 @contextmanager
 def _open_tiff(path: Path) -> Iterator[Any]:
-    """tifffile's reader. What it has to say is not printed, but a page that it cannot find, and
-    would leave out, is an error."""
+    """tifffile's reader. A page that it cannot find, and would leave out, is an error."""
     import tifffile
 
     lost: list[str] = []
@@ -288,7 +278,6 @@ def _open_tiff(path: Path) -> Iterator[Any]:
 
 
 def _tag_number(text: str, name: str, path: Path) -> float:
-    """A number that GDAL's tags hold as text."""
     try:
         return float(text)
     except ValueError:
@@ -314,9 +303,8 @@ def tiff_facts(path: Path) -> Facts:
     scale = _tag_number(next(iter(scales.values()), "1"), "scale", path)
     if not 0 < scale < np.inf:
         raise UserError(f"{path}: a scale of {scale:g}; mend its metadata")
-    facts = Facts(
-        no_data=_tag_number(no_data, "no-data value", path) if no_data else None, factor=1 / scale
-    )
+    mark = _tag_number(no_data, "no-data value", path) if no_data else None
+    facts = Facts(no_data=mark, factor=1 / scale)
     for name, unit in (("central_wavelength_um", "um"), ("wavelength", "")):
         if len(named.get(name, {})) > 1:
             centres = [float(text) for _, text in sorted(named[name].items())]

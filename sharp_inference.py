@@ -395,17 +395,10 @@ def predict_scene(model: Loaded, rgb: Tensor, args: Settings) -> tuple[Tensor, i
     frame, which it is unless --patch_size, --memory_gb or too little memory says otherwise."""
     height, width = rgb.shape[-2:]
     longer = max(height, width)
-    patch = args.patch_size
-    if patch is None and args.memory_gb is None:
-        patch = longer
-    out, tile = predict(
-        model,
-        lambda y0, y1, x0, x1: rgb[0, :, y0:y1, x0:x1],
-        (height, width),
-        args,
-        prediction.in_memory((height, width)),
-        patch=patch,
-    )
+    whole = args.patch_size is None and args.memory_gb is None
+    patch = longer if whole else args.patch_size
+    source, allocate = prediction.tiles_of(rgb), prediction.in_memory((height, width))
+    out, tile = predict(model, source, (height, width), args, allocate, patch=patch)
     return torch.from_numpy(out), None if tile >= longer else tile
 
 

@@ -13,8 +13,7 @@ metrics.jsonl, summary.json, run.png and TensorBoard files. SIGTERM, SIGINT and 
 step, save, and exit with code 75.
 
 On a CPU that other programs use too, set GOMP_SPINCOUNT=1000 (or OMP_WAIT_POLICY=PASSIVE): OpenMP's
-threads wait busily, and two trainers on two cores slow each other tenfold without it.
-"""
+threads wait busily, and two trainers on two cores slow each other tenfold without it."""
 
 import dataclasses
 import time
@@ -144,17 +143,12 @@ class Run(RunState):
         if wanted is None and cfg.compile_mode is not None:
             wanted = True
         shape = (cfg.batch_size, 3, cfg.patch_size, cfg.patch_size)
+        trial = partial(devices.trial_step, network, shape, self.device, self.amp)
         return devices.compile_in_place(
-            network,
-            self.device,
-            self.ranks,
-            lambda: devices.trial_step(network, shape, self.device, self.amp),
-            wanted=wanted,
-            mode=cfg.compile_mode,
+            network, self.device, self.ranks, trial, wanted=wanted, mode=cfg.compile_mode
         )
 
     def train(self) -> int:
-        """All epochs -> exit code."""
         start, done = time.monotonic(), False
         with self.bar:
             while self.epoch < self.cfg.epochs:

@@ -11,8 +11,7 @@ a few keys, and half are mixed by spectral attention. Its features steer a small
 pixels, which corrects a linear map from RGB to the bands: `SpectralHead` of spectral_layers.py.
 
 Features are (B, H, W, C). Shapes: B batch, H W pixels or tokens, C channels, h heads, N tokens,
-D head width.
-"""
+D head width."""
 
 import dataclasses
 import math
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import spectral_layers as layers
 from checkpoint_files import build_from_checkpoint
@@ -320,24 +318,18 @@ class SHARPv32(nn.Module):
 
     def trunk(self, colour: Tensor) -> Tensor:
         """The U-net: (B, H, W, colours) -> features (B, ceil(H/2), ceil(W/2), C)."""
+        recompute = self.config.use_checkpoint and torch.is_grad_enabled()
         x = self.stem(layers.space_to_depth(colour))
         skips = []
         for level, stage in enumerate(self.encoder):
             if level > 0:
                 skips.append(x)
                 x = self.down[level - 1](layers.space_to_depth(x))
-            x = self.run(stage, x)
+            x = layers.run_blocks(stage, x, recompute)
         for step, stage in enumerate(self.decoder):
             skip = skips.pop()
             x = layers.depth_to_space(self.up[step](x), *skip.shape[1:3])
-            x = self.run(stage, self.fuse[step](x, skip))
-        return x
-
-    def run(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """The blocks of a stage in turn."""
-        recompute = self.config.use_checkpoint and torch.is_grad_enabled()
-        for block in stage.children():
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = layers.run_blocks(stage, self.fuse[step](x, skip), recompute)
         return x
 
     def auxiliary_loss(self) -> Tensor:
@@ -477,7 +469,6 @@ class SHARPv32Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict gave."""
         self.model.load_state_dict(state["state_dict"])
         restore(self.optimizer, self.scaler, state)
         self.steps = state["step"]

@@ -3,8 +3,7 @@
     out = sparse_attention_topk_streaming(q, k, v, sparsity_ratio=0.9)      # (B*h, N, D)
 
 Shapes: B batch, h heads, BH batch times heads, N tokens, D head width, K keys kept, H W pixels.
-Scores are computed tile by tile in buffers that are used again: never N x N in memory.
-"""
+Scores are computed tile by tile in buffers that are used again: never N x N in memory."""
 
 from __future__ import annotations
 
@@ -30,13 +29,12 @@ TILE_SCORES = {"cpu": 2**18, "cuda": 2**24}
 KEPT_SCORES = 2**22  # of a mask that is kept for the next step: 16 MiB
 
 Shape = tuple[int, ...]
+Pair = tuple[int, int]
+Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
 
 def _register(
-    name: str,
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    keys_met: Callable[[Shape, tuple], int],
+    name: str, forward: Callable, backward: Callable, keys_met: Callable[[Shape, tuple], int]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A custom operator hsi::<name> with its gradient and its count of operations.
 
@@ -75,12 +73,10 @@ def _register(
 def _count_operations(name: str, keys_met: Callable[[Shape, tuple], int]) -> None:
     """Tell FlopCounterMode: two products of q and k forward, five with the scores backward."""
 
-    def flops(q: Shape, k: Shape, v: Shape, *settings: Any, out_shape: Any = None) -> int:
+    def flops(q: Shape, k: Shape, v: Shape, *settings: Any, **_: Any) -> int:
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (q[-1] + v[-1])
 
-    def flops_backward(
-        _: Shape, q: Shape, k: Shape, v: Shape, *others: Any, out_shape: Any = None
-    ) -> int:
+    def flops_backward(_: Shape, q: Shape, k: Shape, v: Shape, *others: Any, **__: Any) -> int:
         settings = others[2:]  # after output and values
         return 2 * math.prod(q[:-1]) * keys_met(k, settings) * (3 * q[-1] + 2 * v[-1])
 
@@ -102,21 +98,15 @@ def _spans(total: int, size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], total], strict=True))
 
 
-def _score_budget(device: torch.device) -> int:
-    budget = TILE_SCORES.get(device.type, TILE_SCORES["cuda"])
-    return budget * torch.get_num_threads() if device.type == "cpu" else budget
-
-
 def _score_tiles(
     q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (heads, rows, scores): slices of q (BH, N, D), and the scores (heads, rows, N) of those
-    queries, in a buffer that is used again."""
+    """Yield slices (heads, rows) of q (BH, N, D), and their scores in a buffer used again."""
     (heads, queries, _), keys = q.shape, k.shape[1]
-    budget = _score_budget(q.device)
-    heads_in_tile = 1
-    if queries <= q_block_size:
-        heads_in_tile = max(1, budget // (queries * keys))
+    budget = TILE_SCORES.get(q.device.type, TILE_SCORES["cuda"])
+    if q.device.type == "cpu":
+        budget *= torch.get_num_threads()
+    heads_in_tile = max(1, budget // (queries * keys)) if queries <= q_block_size else 1
     row_spans = _spans(queries, max(1, min(q_block_size, budget // keys)))
     buffer = q.new_empty(0)
     for head in range(0, heads, heads_in_tile):
@@ -129,13 +119,10 @@ def _score_tiles(
 
 
 def _kth_largest(scores: Tensor, keep: int) -> Tensor:
-    """The keep-th largest score of each row, (..., 1).
-
-    On a CPU NumPy's partition takes a tenth of the time; kthvalue on a GPU is not
-    deterministic."""
-    index = scores.shape[-1] - keep
-    if scores.device.type != "cpu":
+    """The keep-th largest score of each row, (..., 1)."""
+    if scores.device.type != "cpu":  # kthvalue is not deterministic on a GPU
         return scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    index = scores.shape[-1] - keep  # NumPy's partition takes a tenth of torch's time
     work = scores.clone().numpy()
     work.partition(index, axis=-1)
     return torch.from_numpy(work[..., index : index + 1].copy())
@@ -215,15 +202,11 @@ def _window_scores(side: int, device: torch.device, dtype: torch.dtype) -> Tenso
 
 @functools.lru_cache(maxsize=8)  # a training step meets the same few again and again
 def _border_scores(
-    window: Tensor,
-    tiles: tuple[int, int],
-    inside: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    off_frame: float,
+    window: Tensor, tiles: Pair, inside: Pair, padding: Padding, off_frame: float
 ) -> Tensor:
     """The same of each of some tiles (1, tiles, TILE^2, halo^2) at the frame's border, where a key
     off the frame has off_frame. inside: pixels of the frame that they cover, down and across;
-    padding: those beyond it, left, right, top, bottom."""
+    padding: those beyond it."""
     with torch.inference_mode(False):
         halo = math.isqrt(window.shape[-1])
         frame = F.pad(window.new_ones(1, *inside, dtype=torch.bool), padding)
@@ -254,11 +237,8 @@ class _LocalTiles:
         build = _window_scores if self.kept else _window_scores.__wrapped__
         self.window = build(side, q.device, q.dtype)
 
-    def _place(
-        self, step: int, reach: int
-    ) -> tuple[tuple[int, int], slice, slice, tuple[int, int, int, int]]:
-        """A step's tiles down and across, the rows and columns of the frame that they cover, and
-        the padding around those: left, right, top, bottom."""
+    def _place(self, step: int, reach: int) -> tuple[Pair, slice, slice, Padding]:
+        """A step's tiles down and across, their rows and columns of the frame, its padding."""
         row, part = divmod(step, self.parts)
         down = min(self.high, self.rows - row * self.high)
         across = min(self.wide, self.columns - part * self.wide)
@@ -302,9 +282,7 @@ class _LocalTiles:
             places.permute(0, 1, 2, 4, 5, 3).add_(piece)
         return part
 
-    def inputs(
-        self, step: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, step: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of a step (keys off the frame are zeros), and what is added to the scores."""
         tiles, rows, columns, padding = self._place(step, self.reach)
         q = self.take(q, step, 0)
@@ -451,7 +429,7 @@ def _check_settings(ratio: float, mode: str, sizes: dict[str, int]) -> None:
             raise ValueError(f"{name} = {size}: must be a positive integer")
 
 
-def _check_frame(q: Tensor, k: Tensor, spatial_shape: tuple[int, int] | None) -> tuple[int, int]:
+def _check_frame(q: Tensor, k: Tensor, spatial_shape: Pair | None) -> Pair:
     tokens = q.shape[1]
     if spatial_shape is None or k.shape[1] != tokens or math.prod(spatial_shape) != tokens:
         raise ValueError(
@@ -472,7 +450,7 @@ def sparse_attention_topk_streaming(
     k_cap: int = 1024,
     q_block_size: int = 1024,
     *,
-    spatial_shape: tuple[int, int] | None = None,
+    spatial_shape: Pair | None = None,
     sparse_mode: str = "topk",
     sparsemax_pad_value: float | None = None,
 ) -> Tensor:

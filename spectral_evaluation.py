@@ -3,8 +3,7 @@ arrays and plain records.
 
 Metrics take (C, H, W) or (1, C, H, W) tensors in any memory layout and compute in float64, as
 defined by the NTIRE 2022 spectral reconstruction challenge (run by the MST++ toolbox), with a floor
-on MRAE's denominator.
-"""
+on MRAE's denominator."""
 
 import csv
 import io
@@ -120,11 +119,9 @@ def ssim(pred: Tensor, target: Tensor) -> float:
 
 def crop_border(height: int, width: int, border: int = BORDER) -> tuple[int, int]:
     """Pixels removed at top and bottom, and at left and right, before scoring."""
-
-    def of_side(side: int) -> int:
-        return min(border, side // 4) if side < SMALL_SIDE else border
-
-    return of_side(height), of_side(width)
+    sides = (height, width)
+    rows, columns = (min(border, side // 4) if side < SMALL_SIDE else border for side in sides)
+    return rows, columns
 
 
 def centre_crop(x: Tensor, border: int = BORDER) -> Tensor:
@@ -362,7 +359,6 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
 
 
 def save_figure(sheet: Any, path: str | Path) -> None:
-    """A matplotlib figure as PNG."""
     atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
 
 
@@ -424,7 +420,6 @@ def write_curves(path: Path, summary: dict) -> None:
 
 
 def write_stress_figure(path: Path, stress: list[dict]) -> None:
-    """MRAE and SAM of each model under each change."""
     names = dict.fromkeys(row["model"] for row in stress)
     with figure(path, 2, 12, 4.5) as axes:
         for axis, key in zip(axes, ("mrae", "sam"), strict=True):
@@ -484,12 +479,8 @@ def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
     as much like the photo as it stands."""
     photo, rendered = (image - image.mean(axis=(0, 1)) for image in (photo, rendered))
     lengths = max(float(np.linalg.norm(photo) * np.linalg.norm(rendered)), 1e-9)
-    views = {
-        "": rendered,
-        "upside down": rendered[::-1],
-        "mirrored": rendered[:, ::-1],
-        "turned by 180 degrees": rendered[::-1, ::-1],
-    }
+    views = {"": rendered, "upside down": rendered[::-1], "mirrored": rendered[:, ::-1]}
+    views["turned by 180 degrees"] = rendered[::-1, ::-1]
     if photo.shape[0] == photo.shape[1]:
         views["transposed"] = rendered.swapaxes(0, 1)
         views["turned by 90 degrees"] = rendered.swapaxes(0, 1)[::-1]
@@ -500,8 +491,7 @@ def seems_turned(photo: np.ndarray, rendered: np.ndarray) -> str:
 
 
 def contact_sheet(root: Path, index: dict[str, Any]) -> None:
-    """contact_sheet.png of a staged folder: RGB, cube rendered, three bands and mean spectra of
-    some scenes. A wrong transpose shows, and is said."""
+    """contact_sheet.png of a staged folder; a cube turned against its photo shows, and is said."""
     from matplotlib.figure import Figure  # takes a second to import
 
     scenes, nm = index["splits"]["train"] + index["splits"]["val"], index["wavelengths"]

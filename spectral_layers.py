@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Values in one temporary where no gradient is recorded. A CPU's allocator maps larger ones anew for
 # every operation, which costs more than the arithmetic; a GPU needs large ones to be busy.
@@ -136,6 +137,13 @@ def colour_features(x: Tensor) -> Tensor:
 def colour_channels(channels: int) -> int:
     """How many features colour_features makes of an image's channels."""
     return 3 * channels + 1
+
+
+def run_blocks(stage: nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    """The blocks of a stage in turn, computed again in the backward where `recompute` says so."""
+    for block in stage.children():
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
 
 
 class SpectralAttention(nn.Module):

@@ -1,6 +1,5 @@
 """The command line and what a script says: flags, lines, progress bars. --quiet and --verbose mean
-the same in every script.
-"""
+the same in every script."""
 
 import argparse
 import difflib
@@ -72,8 +71,7 @@ def bar(items: Any = None, **options: Any) -> Any:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown where there is one and the help does not tell it already, and a script's
-    description keeps its lines."""
+    """Defaults are shown where the help does not tell them; descriptions keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default in ("", [])
@@ -113,10 +111,8 @@ class CliParser(argparse.ArgumentParser):
         """Known flags that are close to unknown ones, as the beginning of a hint."""
         if not message.startswith("unrecognized arguments"):
             return ""
-        meant = []
+        known, meant = self._option_string_actions, []
         for word in message.split():
             if word.startswith("--"):
-                meant += difflib.get_close_matches(
-                    word.partition("=")[0], self._option_string_actions, n=1
-                )
+                meant += difflib.get_close_matches(word.partition("=")[0], known, n=1)
         return f"did you mean {' and '.join(dict.fromkeys(meant))}? " if meant else ""

@@ -117,8 +117,7 @@ def _check_kind(found: str, kind: str, where: str) -> None:
 
 
 def resume_weights(model: Any, kind: str, state: dict, path: Path) -> None:
-    """The weights of a checkpoint to go on from. UserError with what differs where the model is
-    another one."""
+    """The weights of a checkpoint to go on from; UserError with what differs in its model."""
     _check_kind(state["model"], kind, f"--resume_from {path}")
     try:
         load_weights(model, state["state_dict"], path)
@@ -156,10 +155,8 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
     if not new < old:  # NaN is no improvement
         model.load_state_dict(before)
         verdict = "not kept"
-    return (
-        f"its loss on training patches {old:.4f}; with the linear path fitted anew {new:.4f}, "
-        f"{verdict}"
-    )
+    text = f"its loss on training patches {old:.4f}; with the linear path fitted anew"
+    return f"{text} {new:.4f}, {verdict}"
 
 
 def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
@@ -267,10 +264,8 @@ class RunLog:
 
 def _cut_log(path: Path, step: int) -> None:
     """Drop what a killed run logged after `step`, which is made again, and a line that was cut."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("}\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     write_text(path, "".join(kept))
 
 

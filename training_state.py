@@ -1,8 +1,7 @@
 """What both trainers keep of a run beside the model and the loop that each owns: its data, how far
 it is, validation, the lines that it says, and the files that it leaves.
 
-    class Run(RunState): ...          # adds make_model, learnt, learn_from and the loop
-"""
+    class Run(RunState): ...          # adds make_model, learnt, learn_from and the loop"""
 
 import dataclasses
 import math
@@ -128,8 +127,8 @@ class RunState:
         cfg.mix_until = cfg.epochs * len(self.train_loader)
         self.train_loader.start_workers()
         ranks.join(self.device)
-        found = (str(resume), state.get("step") if state else 0)
-        ranks.agree(found, "the checkpoint to go on from")
+        step = state.get("step") if state else 0
+        ranks.agree((str(resume), step), "the checkpoint to go on from")
         self.say(f"data: {self.train_loader.describe()}")
         self.iterations = len(self.train_loader)  # batches of an epoch
         self.steps_per_epoch = math.ceil(self.iterations / cfg.accumulate_steps)
@@ -197,13 +196,8 @@ class RunState:
             f"run: {self.folder.logs}"
         )
         self.saved_at = time.monotonic()
-        self.bar = terminal.bar(
-            total=cfg.epochs * self.iterations,
-            initial=self.epoch * self.iterations + self.iteration,
-            unit="it",
-            smoothing=0.02,
-            desc="train",
-        )
+        total, done = cfg.epochs * self.iterations, self.epoch * self.iterations + self.iteration
+        self.bar = terminal.bar(total=total, initial=done, unit="it", smoothing=0.02, desc="train")
 
     def log_progress(self) -> None:
         """A line of metrics.jsonl and the bar's text; the only place that waits for the device."""
