@@ -2,7 +2,8 @@
 cube_files uses this room.
 
     with open_arrays(Path("scene.mat")) as arrays:
-        cube = arrays[pick_key(arrays, None, path)]"""
+        cube = arrays[pick_key(arrays, None, path)]
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,18 @@ NUMBERS = "iuf"  # NumPy's kinds of integers and floats
 NOT_NUMBERS = ("char", "logical", "sparse", "function", "object", "opaque")  # MATLAB's classes
 HDF5_SUFFIXES = (".h5", ".hdf5", ".he5", ".nc")
 ARRAY_SUFFIXES = (".npz", ".mat", *HDF5_SUFFIXES)
-OLDER_FORMATS = {b"CDF": "netCDF-3", b"\x0e\x03\x13\x01": "HDF4"}  # by how files of them begin
-NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")  # attributes of an HDF5 data set
+# What other files of these suffixes begin with.
+OLDER_FORMATS = {b"CDF": "netCDF-3", b"\x0e\x03\x13\x01": "HDF4"}
+# Attributes of an HDF5 data set, in small letters.
+NO_DATA = ("_fillvalue", "missing_value", "data_ignore_value")
 
-# A MATLAB v7.3 file before its HDF5: text, no subsystem data, version 2, little-endian.
-MAT_HEADER = b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116)
-MAT_HEADER += bytes(8) + b"\x00\x02IM"
+# The first bytes of a MATLAB v7.3 file, before its HDF5: text, no subsystem data, version 2,
+# little-endian.
+MAT_HEADER = (
+    b"MATLAB 7.3 MAT-file, Platform: Python, HDF5 schema 1.00 .".ljust(116)
+    + bytes(8)
+    + b"\x00\x02IM"
+)
 
 
 def leaf(name: str) -> str:
@@ -47,23 +54,27 @@ def pick_key(arrays: Mapping[str, Any], key: str | None, path: Path) -> str:
     or capitals; else a usual name, else the only array with three axes."""
     if not arrays:
         raise UserError(f"{path}: there are no arrays of real numbers in it; save the cube as one")
-    if key is not None and key in arrays:
-        return key
+    listed = list(arrays)
     if key is None:
         cubes = [name for name, array in arrays.items() if len(three_axes(array.shape)) == 3]
-        matches = [[name for name in cubes if leaf(name) in CUBE_KEYS], cubes]
+        usual = [name for name in cubes if leaf(name) in CUBE_KEYS]
+        for names in (usual, cubes):
+            if len(names) == 1:
+                return names[0]
+        if not cubes:
+            shown = ", ".join(listed)
+            raise UserError(f"{path}: no array of three axes, only {shown}; save the cube as one")
         problem, listed = "which array is the cube?", cubes
+    elif key in arrays:
+        return key
     else:
         wanted = key.strip("/").replace(".", "/").lower()
-        matches = [[name for name in arrays if name.lower() == wanted]]
-        matches.append([name for name in arrays if leaf(name) == wanted])
-        problem, listed = f"no array {key} in it;", list(arrays)
-    for names in matches:
-        if len(names) == 1:
-            return names[0]
-    if not listed:
-        shown = ", ".join(arrays)
-        raise UserError(f"{path}: no array of three axes, only {shown}; save the cube as one")
+        whole = [name for name in arrays if name.lower() == wanted]
+        last = [name for name in arrays if leaf(name) == wanted]
+        for names in (whole, last):
+            if len(names) == 1:
+                return names[0]
+        problem = f"no array {key} in it;"
     raise UserError(f"{path}: {problem} give --cube-key, one of: {', '.join(listed)}")
 
 
@@ -224,10 +235,12 @@ def _collect_hdf5(name: str, item: Any, found: dict[str, Any], entered: set[Any]
 
 
 def _is_numeric(item: h5py.Dataset) -> bool:
-    """MATLAB stores text, logicals and tables as integers too, and of an empty array the size."""
+    """MATLAB stores text as uint16, logicals as uint8, tables as numbers of objects, and of an
+    empty array the size."""
     kind = np.bytes_(item.attrs.get("MATLAB_class", b"double")).decode()
-    numeric = kind.lstrip("u").startswith(("double", "single", "int"))
-    return numeric and "MATLAB_empty" not in item.attrs
+    return kind.lstrip("u").startswith(("double", "single", "int")) and (
+        "MATLAB_empty" not in item.attrs
+    )
 
 
 def state_matlab_classes(file: h5py.File) -> None:

@@ -5,7 +5,8 @@
     picture = cube_to_srgb(cube, wavelengths)
 
 A thin layer over colour-science, which has the measured tables. It takes 0.7 s to import, so it is
-imported where a table is needed."""
+imported where a table is needed.
+"""
 
 import functools
 import io
@@ -72,7 +73,7 @@ def camera_response(camera: str, wavelengths: Wavelengths) -> np.ndarray:
         return _srgb_response(tuple(nm.tolist()))
     if camera in ANALYTIC:
         sensitivity = np.stack([sum_of_lobes(nm, lobes) for lobes in ANALYTIC[camera]], axis=1)
-    elif camera in OBSERVERS | MEASURED:
+    elif camera in OBSERVERS or camera in MEASURED:
         sensitivity = _interpolate(nm, _table(camera))
     else:
         sensitivity = _interpolate(nm, _read_camera_csv(camera))
@@ -104,8 +105,10 @@ def _interpolate(nm: np.ndarray, table: Table) -> np.ndarray:
 def _table(camera: str) -> Table:
     import colour
 
-    tables = colour.MSDS_CMFS if camera in OBSERVERS else colour.MSDS_CAMERA_SENSITIVITIES
-    measured = tables[(OBSERVERS | MEASURED)[camera]]
+    if camera in OBSERVERS:
+        measured = colour.MSDS_CMFS[OBSERVERS[camera]]
+    else:
+        measured = colour.MSDS_CAMERA_SENSITIVITIES[MEASURED[camera]]
     return np.array(measured.wavelengths), np.array(measured.values)
 
 
@@ -146,7 +149,8 @@ def render_rgb(
     signal *= exposure
     if electrons:
         signal = rng.poisson(np.minimum(signal, CLIP_MARGIN) * electrons) / electrons
-    return _as_jpeg(np.clip(signal, 0, 1), jpeg_quality)
+    frame = np.rint(np.clip(signal, 0, 1) * 255).astype(np.uint8)
+    return _as_jpeg(frame, jpeg_quality)
 
 
 def ordinary_photo(
@@ -160,13 +164,14 @@ def ordinary_photo(
     signal *= np.exp(rng.normal(0, (0.02, 0.0, 0.02))).astype(np.float32)
     electrons = np.exp(rng.uniform(np.log(1500), np.log(30000)))
     signal = rng.poisson(np.minimum(signal, CLIP_MARGIN) * electrons) / electrons
-    return _as_jpeg(encode_srgb(np.clip(signal, 0, 1)), int(rng.integers(70, 96)))
+    frame = np.rint(encode_srgb(np.clip(signal, 0, 1)) * 255).astype(np.uint8)
+    return _as_jpeg(frame, int(rng.integers(70, 96)))
 
 
-def _as_jpeg(picture: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
-    """Values in [0, 1] as a JPEG file gives them back, and that file's bytes."""
+def _as_jpeg(frame: np.ndarray, quality: int) -> tuple[np.ndarray, bytes]:
+    """The frame as a JPEG file gives it back, and that file's bytes."""
     encoded = io.BytesIO()
-    Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(encoded, "JPEG", quality=quality)
+    Image.fromarray(frame).save(encoded, "JPEG", quality=quality)
     return np.asarray(Image.open(encoded).convert("RGB")), encoded.getvalue()
 
 

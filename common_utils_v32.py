@@ -242,10 +242,12 @@ def to_json(value: Any, **kwargs: Any) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 

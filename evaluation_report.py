@@ -51,13 +51,13 @@ def write_report(
     about = f"{count} of {first['split']} ({first['data_root']}); "
     about += "{} rows and {} columns left out on each side".format(*first["border"])
     names = ", ".join(summary["name"] for summary in summaries)
-    changes = list(stress[0]) if stress else []
+    columns = list(stress[0]) if stress else []
     page = {
         "title": f"Evaluation of {names}",
         "about": f"{about}, MRAE floor {first['metric_floor']:g}",
         "headline": {"head": ["model", *HEADLINE], "rows": [_headline(s) for s in summaries]},
         "scenes": {"head": ["model", "scene", *HEADLINE], "rows": rows},
-        "stress": {"head": changes, "rows": [list(row.values()) for row in stress]},
+        "stress": {"head": columns, "rows": [list(row.values()) for row in stress]},
         "models": models,
         "levels": LEVELS,
         "settings": _settings(summaries),
@@ -66,7 +66,8 @@ def write_report(
 
 
 def write_cube_page(path: Path, photo: np.ndarray, cube: np.ndarray, nm: list[float]) -> None:
-    """One cube (bands, H, W) and its photo (H, W, 3) uint8 as such a page."""
+    """One cube (bands, H, W) as such a page: the photo (H, W, 3) uint8, bands by a slider, spectra
+    of clicked pixels."""
     name, small = path.stem.removesuffix("_preview"), _sample(cube, GRID)
     top = float(max(small.max(), 1e-6))
     seen = _sample(photo.transpose(2, 0, 1), PICTURE).transpose(1, 2, 0)

@@ -46,7 +46,7 @@ PHOTO_FACTS = {"rgb_norm": ("per_image", "unit"), "rgb_encoding": ("linear", "sr
 FIELD_RANGE = (400, 700)  # nm, of ARAD-1K
 _how = partial(opt, group="computing")
 
-Run = Callable[[Tensor], Tensor]  # x (B, 3, h, w) -> (B, C, h, w)
+Forward = Callable[[Tensor], Tensor]  # x (B, 3, h, w) -> (B, C, h, w)
 Source = Callable[[int, int, int, int], Tensor]  # (y0, y1, x0, x1) -> (3, h, w)
 Allocate = Callable[[int], np.ndarray]  # channels -> an array (channels, H, W) to fill
 Tick = Callable[[float], Any]  # told of pixels that are done
@@ -307,7 +307,7 @@ def ramp(length: int) -> Tensor:
 
 
 def blend_tiles(
-    run: Run,
+    run: Forward,
     source: Source,
     size: tuple[int, int],
     patch: int,
@@ -349,7 +349,7 @@ def blend_tiles(
 
 
 def _predicted(
-    run: Run, source: Source, rows: tuple[int, int], columns: list[int], width: int, batch: int
+    run: Forward, source: Source, rows: tuple[int, int], columns: list[int], width: int, batch: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(number, left, tile (C, h, w)) of a strip's tiles, `batch` of them in a forward."""
     for first in range(0, len(columns), batch):

@@ -43,7 +43,8 @@ def read_photo(path: Path, work: Path) -> Photo:
             )
         return Photo(stored, [])
     with open_image(path) as image:
-        # Of 16-bit RGB the stored tiles alone tell, before its EXIF is asked for and loads pixels.
+        # Of 16-bit RGB Pillow gives the high bytes: only the stored tiles tell, and they are gone
+        # once its EXIF is asked for, which may load the pixels.
         deep = image.mode.startswith("I") or ";16" in str(image.tile)
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")

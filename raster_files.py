@@ -173,7 +173,8 @@ def envi_facts(path: Path) -> Facts:
 
 
 def read_envi(path: Path) -> tuple[np.ndarray, Facts]:
-    """(H, W, bands) float32 of all bands, scale factor or gains applied; NaN: no data."""
+    """All stored bands as (H, W, bands) float32, divided by the header's reflectance scale factor,
+    or its gains applied; NaN where a value means no data."""
     fields, facts = envi_header(path), envi_facts(path)
     interleave = fields.get("interleave", "").lower()
     if interleave not in INTERLEAVES:
@@ -254,7 +255,8 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
 
 @contextmanager
 def _open_tiff(path: Path) -> Iterator[Any]:
-    """tifffile's reader. A page that it cannot find, and would leave out, is an error."""
+    """tifffile's reader. What it has to say is not printed, but a page that it cannot find, and
+    would leave out, is an error."""
     import tifffile
 
     lost: list[str] = []

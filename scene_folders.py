@@ -2,7 +2,8 @@
 arrays, whole or patch by patch; and how a staged one is written.
 
     scenes = find_scenes("ARAD_1K")["train"]             # paths of the cubes and images of a split
-    frame = StagedScenes(Path("data/staged"), "val").arrays(0)"""
+    frame = StagedScenes(Path("data/staged"), "val").arrays(0)
+"""
 
 import hashlib
 import io
@@ -12,6 +13,7 @@ import mmap
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -89,9 +91,10 @@ def read_split_list(path: Path) -> list[str]:
             name = name.rsplit(".", 1)[0]
         if name:
             check_scene_name(name, path)
-            if name in names:
-                raise UserError(f"{path}: {name} is listed twice; mend the list")
             names.append(name)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{path}: {name} is listed twice; mend the list")
     return names
 
 

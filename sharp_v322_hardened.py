@@ -469,6 +469,7 @@ class SHARPv32Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from what state_dict gave."""
         self.model.load_state_dict(state["state_dict"])
         restore(self.optimizer, self.scaler, state)
         self.steps = state["step"]

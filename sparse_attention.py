@@ -101,7 +101,8 @@ def _spans(total: int, size: int) -> list[tuple[int, int]]:
 def _score_tiles(
     q: Tensor, k: Tensor, scale: float, block_size: int, q_block_size: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield slices (heads, rows) of q (BH, N, D), and their scores in a buffer used again."""
+    """Yield (heads, rows, scores): slices of q (BH, N, D), and the scores (heads, rows, N) of those
+    queries, in a buffer that is used again."""
     (heads, queries, _), keys = q.shape, k.shape[1]
     budget = TILE_SCORES.get(q.device.type, TILE_SCORES["cuda"])
     if q.device.type == "cpu":
@@ -238,7 +239,8 @@ class _LocalTiles:
         self.window = build(side, q.device, q.dtype)
 
     def _place(self, step: int, reach: int) -> tuple[Pair, slice, slice, Padding]:
-        """A step's tiles down and across, their rows and columns of the frame, its padding."""
+        """A step's tiles down and across, their rows and columns of the frame, and the padding
+        around those."""
         row, part = divmod(step, self.parts)
         down = min(self.high, self.rows - row * self.high)
         across = min(self.wide, self.columns - part * self.wide)

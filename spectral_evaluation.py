@@ -359,6 +359,7 @@ def figure(path: str | Path, columns: int, width: float, height: float) -> Itera
 
 
 def save_figure(sheet: Any, path: str | Path) -> None:
+    """A matplotlib figure as PNG."""
     atomic_write(path, lambda file: sheet.savefig(file, format="png", dpi=110))
 
 
@@ -420,6 +421,7 @@ def write_curves(path: Path, summary: dict) -> None:
 
 
 def write_stress_figure(path: Path, stress: list[dict]) -> None:
+    """MRAE and SAM of each model under each change."""
     names = dict.fromkeys(row["model"] for row in stress)
     with figure(path, 2, 12, 4.5) as axes:
         for axis, key in zip(axes, ("mrae", "sam"), strict=True):

@@ -117,7 +117,8 @@ def _check_kind(found: str, kind: str, where: str) -> None:
 
 
 def resume_weights(model: Any, kind: str, state: dict, path: Path) -> None:
-    """The weights of a checkpoint to go on from; UserError with what differs in its model."""
+    """The weights of a checkpoint to go on from. UserError with what differs where the model is
+    another one."""
     _check_kind(state["model"], kind, f"--resume_from {path}")
     try:
         load_weights(model, state["state_dict"], path)
@@ -157,6 +158,15 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
         verdict = "not kept"
     text = f"its loss on training patches {old:.4f}; with the linear path fitted anew"
     return f"{text} {new:.4f}, {verdict}"
+
+
+def other_schedule(old: dict, cfg: Any) -> str:
+    """What of the learning rate's course is not as in the `old` settings of a run, in words."""
+    changes = []
+    for name in ("lr", "eta_min", "epochs", "warmup_epochs"):
+        if old.get(name) != getattr(cfg, name):
+            changes.append(f"--{name} {getattr(cfg, name)}, it was {old.get(name)}")
+    return "".join(f"; {change}" for change in changes)
 
 
 def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:

@@ -40,14 +40,12 @@ def complete_settings(cfg: Any, name: str) -> None:
     """Fill what was not given of a trainer's settings; ValueError for what cannot be."""
     cfg.data_root = cfg.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
     cfg.experiment_name = cfg.experiment_name or name
-    if cfg.warmup_epochs is None:
-        cfg.warmup_epochs = min(WARMUP_EPOCHS, cfg.epochs * WARMUP_SHARE)
     positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval")
     for field in (*positive, "log_interval", "lr", "metric_floor"):
         if getattr(cfg, field) <= 0:
             raise ValueError(f"--{field} {getattr(cfg, field)}: must be above 0")
     for field in ("weight_decay", "gradient_clip", "warmup_epochs", "val_crop_border"):
-        if getattr(cfg, field) < 0:
+        if (getattr(cfg, field) or 0) < 0:
             raise ValueError(f"--{field} {getattr(cfg, field)}: must be 0 or above")
     if not 0 <= cfg.ema_decay < 1:
         raise ValueError(f"--ema_decay {cfg.ema_decay}: must lie in [0, 1)")
@@ -55,10 +53,17 @@ def complete_settings(cfg: Any, name: str) -> None:
         raise ValueError(f"--eta_min {cfg.eta_min}: must lie between 0 and --lr {cfg.lr}")
 
 
+def warmup_steps(cfg: Any, steps_per_epoch: int) -> int:
+    epochs = cfg.warmup_epochs
+    if epochs is None:
+        epochs = min(WARMUP_EPOCHS, cfg.epochs * WARMUP_SHARE)
+    return int(epochs * steps_per_epoch)
+
+
 def learning_rate(step: int, cfg: Any, steps_per_epoch: int) -> float:
     """Linear warm-up from above 0, then a cosine to eta_min: a pure function of the step."""
     total = cfg.epochs * steps_per_epoch
-    warmup = min(int(cfg.warmup_epochs * steps_per_epoch), total // 2)
+    warmup = min(warmup_steps(cfg, steps_per_epoch), total // 2)
     if step < warmup:
         return cfg.lr * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -142,8 +147,8 @@ class RunState:
             "train_floor": cfg.train_floor,
             "metric_floor": cfg.metric_floor,
         }
-        warmup_steps = int(cfg.warmup_epochs * self.steps_per_epoch)
-        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup_steps)
+        warmup = warmup_steps(cfg, self.steps_per_epoch)
+        self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup)
 
     def create(self, factory: Callable, fields: type, skip: tuple[str, ...] = ()) -> Any:
         """The model of the settings, with as many bands as the data."""
@@ -308,7 +313,7 @@ class RunState:
         if not runs.keeps_best(state["settings"], cfg, self.folder):
             self.best, self.best_metrics = math.inf, {}
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
-        self.say(f"resumed: {path} at {place}")
+        self.say(f"resumed: {path} at {place}{runs.other_schedule(state['settings'], cfg)}")
 
     def save_best_weights(self) -> None:
         """best.safetensors: the weights that were scored, for inference."""

@@ -264,7 +264,7 @@ def steps_of(
     if args.steps:
         return {entrant.text: args.steps for entrant in entrants}
     timed = entrants
-    if args.budget and all(entrant.model != RIVAL for entrant in entrants):
+    if args.budget and all(entrant.text != RIVAL for entrant in entrants):
         timed = [parse_entrant(RIVAL), *entrants]
     seconds = seconds_a_step(timed, scenes, args)
     budget = 60 * args.minutes
@@ -390,7 +390,7 @@ class Record:
         self.facts["environment"] = environment_record()
         if path is not None and path.exists():
             old = common.read_json(path)
-            for key in ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root"):
+            for key in ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root", "lr"):
                 if old["settings"].get(key) != settings[key]:
                     found = f"was made with {key} {old['settings'].get(key)}"
                     raise UserError(f"--json {path}: {found}; give another file")
@@ -443,7 +443,7 @@ def main() -> int:
     entrants = [parse_entrant(text) for text in texts]
     if args.mst_root is None:
         entrants = [entrant for entrant in entrants if entrant.model != RIVAL]
-    settings = {key: str(value) for key, value in vars(args).items()}
+    settings = {key: str(value) for key, value in vars(args).items()} | {"lr": str(LR)}
     record = Record(args.json, settings)
     for label, scenes, held_out in splits(args.data_root, args.folds, args.most_folds):
         for seed in args.seeds:

@@ -170,6 +170,7 @@ def test_a_list_in_an_entrant_keeps_its_commas():
 def test_all_benchmarks_are_part_of_make_bench():
     args = argparse.Namespace(mst_root="mst", data_root="scenes")
     parts = bench_all.parts(args)
+    assert {"race 300", "race 1000", "race 3000", "ablation"} <= set(parts)
     scripts = {command[0] for command in parts.values()}
     found = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert scripts == found - {"bench_all.py"} | {"race.py"}
@@ -177,3 +178,23 @@ def test_all_benchmarks_are_part_of_make_bench():
         text = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
         for flag in ["--json", *(flag for flag in flags if flag.startswith("--"))]:
             assert f'"{flag}"' in text, f"{script} {flag}"
+
+
+@pytest.mark.parametrize(
+    "text, rate",
+    [("mst++", 4e-4), ("mst++,lr=0.0008", 8e-4), ("hsifusion", 8e-4), ("sharp,lr=1e-3", 1e-3)],
+)
+def test_the_rival_trains_at_its_own_learning_rate(text, rate):
+    assert race.parse_entrant(text).training["lr"] == rate
+
+
+def test_the_rival_at_another_rate_has_its_steps_too(monkeypatch):
+    def seconds_a_step(entrants, scenes, args):
+        return {
+            entrant.text: (2.0 if entrant.model == "mst++" else 0.5, 0.0) for entrant in entrants
+        }
+
+    monkeypatch.setattr(race, "seconds_a_step", seconds_a_step)
+    args = argparse.Namespace(steps=0, budget=300, minutes=0)
+    entrants = [race.parse_entrant(text) for text in ("mst++,lr=0.0008", "hsifusion")]
+    assert race.steps_of(entrants, [], args) == {"mst++,lr=0.0008": 300, "hsifusion": 1200}

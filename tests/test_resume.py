@@ -72,7 +72,7 @@ def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, ra
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path):
+def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path, capsys):
     first = make_run(trainer, raw_arad, tmp_path)
     stop_after(first, 3)
     assert first.train() == STOPPED
@@ -81,13 +81,14 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
         common.save_checkpoint(tmp_path / "run" / name, state | {"best": 0.0})
     resume = ("--resume_from", "auto")
     again = make_run(
-        trainer, raw_arad, tmp_path, *resume, "--lr", 4e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
+        trainer, raw_arad, tmp_path, *resume, "--lr", 8e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
     )
+    assert "; --lr 8e-05, it was 0.0008; --eta_min 1e-07, it was 1e-06\n" in capsys.readouterr().out
     rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
     assert rates.keys() == {0.3, 0.0} and again.best == 0.0
     expected = first.schedule.get_last_lr()[0] / 10
     assert all(rate == pytest.approx(expected, rel=1e-6) for rate in rates.values())
-    assert again.schedule.base_lrs == [4e-5, 4e-5]
+    assert again.schedule.base_lrs == [8e-5, 8e-5]
     assert make_run(trainer, raw_arad, tmp_path, *resume, "--metric_floor", 0.01).best == math.inf
     with pytest.raises(UserError, match="iteration 3 of an epoch that now has 2"):
         make_run(trainer, raw_arad, tmp_path, *resume, "--iterations_per_epoch", 2)
