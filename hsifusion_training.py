@@ -55,7 +55,7 @@ class TrainConfig(DataConfig):
     epochs: int = _learn(300, "length of the run")
     accumulate_steps: int = _learn(1, "batches per optimizer step")
     optimizer: str = _learn("adamw", "update rule", choices=("adamw", "adam"))
-    lr: float = _learn(8e-4, "peak learning rate")
+    lr: float | None = _learn(None, "peak learning rate (default: 8e-4 for tiny, else 4e-4)")
     eta_min: float = _learn(1e-6, "learning rate at the end of the cosine")
     warmup_epochs: float | None = _learn(
         None, "epochs of linear warm-up (default: 5, at most a twentieth of the run)"

@@ -382,7 +382,7 @@ class SHARPv32Trainer:
         model: nn.Module,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         *,
-        lr: float = 8e-4,
+        lr: float = 4e-4,
         weight_decay: float = 1e-4,
         optimizer: type = torch.optim.AdamW,
         amp_dtype: torch.dtype | None = None,

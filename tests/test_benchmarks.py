@@ -182,7 +182,13 @@ def test_all_benchmarks_are_part_of_make_bench():
 
 @pytest.mark.parametrize(
     "text, rate",
-    [("mst++", 4e-4), ("mst++,lr=0.0008", 8e-4), ("hsifusion", 8e-4), ("sharp,lr=1e-3", 1e-3)],
+    [
+        ("mst++", 4e-4),
+        ("mst++,lr=0.0008", 8e-4),
+        ("hsifusion", 8e-4),
+        ("sharp:small", 4e-4),
+        ("sharp,lr=1e-3", 1e-3),
+    ],
 )
 def test_the_rival_trains_at_its_own_learning_rate(text, rate):
     assert race.parse_entrant(text).training["lr"] == rate

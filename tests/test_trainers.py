@@ -330,6 +330,16 @@ def test_a_short_run_warms_up_for_a_twentieth_of_it(trainer, epochs, given, warm
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("size, lr", [("tiny", 8e-4), ("small", 4e-4), ("base", 4e-4)])
+def test_larger_models_peak_at_a_lower_learning_rate(trainer, size, lr):
+    module = importlib.import_module(trainer)
+    assert module.TrainConfig(model_size=size).lr == lr
+    assert module.TrainConfig(model_size=size, lr=1e-3).lr == 1e-3
+    with pytest.raises(ValueError, match="--lr 0.*must be above 0"):
+        module.TrainConfig(lr=0.0)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
     model, _, optimizer = parts(make_run(trainer, raw_arad, tmp_path, "--weight_decay", 0.1))
     decayed, free = optimizer.param_groups
