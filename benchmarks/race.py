@@ -18,9 +18,9 @@ Rows are saved as they end, and the same command goes on where it was stopped. T
 over scenes, ratios to MST++ and their 95 % bootstrap intervals over scenes, paired.
 
 Batch 4, patch 64, RGB / 255, dihedral augmentation, Adam with a cosine over the budget from 4e-4
-for MST++, which is its own, and for ours of 8e-4 for tiny models, else 4e-4, MRAE
-with floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as
-training time; reading data does not, it is the same for all.
+for MST++, which is its own, from 8e-4 for our tiny models and 4e-4 for our larger ones, MRAE with
+floor 1e-2, clip 1.0, weights as they are at the end. Fitting the spectral path counts as training
+time; reading data does not, it is the same for all.
 """
 
 from __future__ import annotations
