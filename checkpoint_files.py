@@ -110,9 +110,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _are_weights(found: Any) -> bool:
-    pairs = found.items() if isinstance(found, dict) else ()
-    fits = [isinstance(name, str) and isinstance(value, Tensor) for name, value in pairs]
-    return bool(fits) and all(fits)
+    if not isinstance(found, dict) or not found:
+        return False
+    named = all(isinstance(name, str) for name in found)
+    return named and all(isinstance(value, Tensor) for value in found.values())
 
 
 def _read_torch(path: Path) -> Any:

@@ -318,8 +318,9 @@ def free_cuda_memory(device: torch.device) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator had no memory left; some raise a plain RuntimeError that says so."""
-    said = type(error) is RuntimeError and any(text in str(error) for text in OUT_OF_MEMORY)
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return type(error) is RuntimeError and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

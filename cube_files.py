@@ -405,11 +405,8 @@ def _write_envi(path: Path, cube: np.ndarray, wavelengths: list[float]) -> None:
 
 def band_images(folder: Path) -> list[Path]:
     """The PNGs `<scene>_ms_01.png` .. of a CAVE folder (or of the folder in it), by number."""
-    for place in (
-        folder,
-        folder / folder.name,
-        folder / folder.resolve().name,
-    ):  # a link may have another name
+    # A link to a scene may have another name.
+    for place in (folder, folder / folder.name, folder / folder.resolve().name):
         numbered: dict[int, Path] = {}
         for path in place.glob("*.png"):
             number = re.search(r"(\d+)$", path.stem)

@@ -108,9 +108,13 @@ def _settings(summaries: list[dict]) -> str:
 def _chosen(records: list[dict], count: int) -> list[tuple[str, dict]]:
     """(why, record) of the best, the worst, and others between them, evenly by their error."""
     places = np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)
-    why = {place: f"{place + 1} of {len(records)}" for place in places.tolist()}
-    why |= {len(records) - 1: "worst", 0: "best"}
-    return [(why[place], records[place]) for place in dict.fromkeys(places.tolist())]
+    chosen = []
+    for place in dict.fromkeys(places.tolist()):
+        why = f"{place + 1} of {len(records)}"
+        if place in (0, len(records) - 1):
+            why = "best" if place == 0 else "worst"
+        chosen.append((why, records[place]))
+    return chosen
 
 
 def _model(summary: dict, folder: Path, chosen: list[tuple[str, dict]]) -> dict[str, Any]:

@@ -32,9 +32,13 @@ from training_runs import RunFolder
 # How far a run is: attributes that a checkpoint keeps.
 PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")
 FIT_PIXELS = 2**18  # that the linear path is fitted on
-TINY_LR, LARGER_LR = 8e-4, 4e-4
 WARMUP_EPOCHS, WARMUP_SHARE = 5.0, 0.05  # at most; of the run
 AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
+
+
+def default_lr(size: str) -> float:
+    """The peak learning rate of a model of this size."""
+    return 8e-4 if size == "tiny" else 4e-4
 
 
 def complete_settings(cfg: Any, name: str) -> None:
@@ -42,7 +46,7 @@ def complete_settings(cfg: Any, name: str) -> None:
     cfg.data_root = cfg.data_root or os.environ.get("HSI_DATA_DIR") or "./data/ARAD_1K"
     cfg.experiment_name = cfg.experiment_name or name
     if cfg.lr is None:
-        cfg.lr = TINY_LR if cfg.model_size == "tiny" else LARGER_LR
+        cfg.lr = default_lr(cfg.model_size)
     positive = ("epochs", "batch_size", "accumulate_steps", "ema_update_every", "val_interval")
     for field in (*positive, "log_interval", "lr", "metric_floor"):
         if getattr(cfg, field) <= 0:

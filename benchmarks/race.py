@@ -50,6 +50,7 @@ from compute_devices import resolve_device  # noqa: E402
 from optimized_dataloader import DataConfig, MSTPlusPlusLoss, val_loader  # noqa: E402
 from spectral_evaluation import mrae, psnr, rmse, sam  # noqa: E402
 from training_runs import environment_record, start_weights  # noqa: E402
+from training_state import default_lr  # noqa: E402
 
 BATCH, PATCH, FLOOR = 4, 64, 1e-2
 RIVAL = "mst++"
@@ -58,7 +59,7 @@ RATIOS = ("mrae", "rmse", "sam")
 TIMED_STEPS = 8  # of each entrant, in turn; the first warms up
 CURVE_POINTS = 5  # scores on the way, for learning curves
 DRAWS = 2000  # of the bootstrap
-LR, TINY_LR = 4e-4, 8e-4
+LR = 4e-4  # of MST++
 TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR, "without": ""}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
 Scene = tuple[str, torch.Tensor, torch.Tensor]  # name, rgb (3, H, W), cube (bands, H, W)
@@ -81,8 +82,8 @@ def parse_entrant(text: str) -> Entrant:
     if model not in (RIVAL, "hsifusion", "sharp"):
         raise UserError(f"--entrants {text}: choose mst++, hsifusion or sharp")
     entrant = Entrant(text, model, size or "tiny", {}, dict(TRAINING))
-    if model != RIVAL and entrant.size == "tiny":
-        entrant.training["lr"] = TINY_LR
+    if model != RIVAL:
+        entrant.training["lr"] = default_lr(entrant.size)
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
@@ -443,7 +444,9 @@ def main() -> int:
     entrants = [parse_entrant(text) for text in texts]
     if args.mst_root is None:
         entrants = [entrant for entrant in entrants if entrant.model != RIVAL]
-    settings = {key: str(value) for key, value in vars(args).items()} | {"lr": str(TINY_LR)}
+    settings = {key: str(value) for key, value in vars(args).items()} | {
+        "lr": str(default_lr("tiny"))
+    }
     record = Record(args.json, settings)
     for label, scenes, held_out in splits(args.data_root, args.folds, args.most_folds):
         for seed in args.seeds:
