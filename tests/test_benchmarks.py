@@ -204,3 +204,12 @@ def test_the_rival_at_another_rate_has_its_steps_too(monkeypatch):
     args = argparse.Namespace(steps=0, budget=300, minutes=0)
     entrants = [race.parse_entrant(text) for text in ("mst++,lr=0.0008", "hsifusion")]
     assert race.steps_of(entrants, [], args) == {"mst++,lr=0.0008": 300, "hsifusion": 1200}
+
+
+def test_a_race_does_not_go_on_at_another_learning_rate(tmp_path):
+    names = ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root")
+    settings = dict.fromkeys(names, "1") | {"lr": "0.0008"}
+    file = tmp_path / "race.json"
+    file.write_text(json.dumps({"settings": settings | {"lr": "0.0004"}}), encoding="utf-8")
+    with pytest.raises(race.UserError, match="was made with lr 0.0004; give another file"):
+        race.Record(file, settings)
