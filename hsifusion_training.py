@@ -170,8 +170,9 @@ class Run(RunState):
         self.train_loader.set_position(self.epoch, self.iteration)
         self.totals = torch.zeros(3, device=self.device)  # loss, MRAE, batches since the last line
         self.logged = (time.monotonic(), self.iteration)
+        begun = self.iteration
         for batch in self.train_loader:
-            first = self.iteration - self.iteration % group
+            first = self.iteration - (self.iteration - begun) % group
             size = min(group, self.iterations - first)  # of this group; the last may be smaller
             last = self.iteration + 1 == first + size
             with self.gradients_stay_here(not last):

@@ -58,6 +58,18 @@ def test_resume_is_exact_also_in_the_middle_of_an_epoch(trainer, stopped_at, raw
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_groups_of_another_size_start_where_a_run_goes_on(trainer, raw_arad, tmp_path):
+    """7 batches: 3 in a step, then 2 and 2."""
+    more = ("--iterations_per_epoch", 7, "--epochs", 1)
+    first = make_run(trainer, raw_arad, tmp_path, *more, "--accumulate_steps", 3)
+    stop_after(first, 1)
+    assert first.train() == STOPPED
+    more += ("--accumulate_steps", 2, "--resume_from", "auto")
+    assert make_run(trainer, raw_arad, tmp_path, *more).train() == 0
+    assert checkpoint(tmp_path)["step"] == 3
+
+
 @pytest.mark.parametrize("trainer, number", zip(TRAINERS, ("SIGTERM", "SIGUSR1"), strict=True))
 def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, raw_arad, tmp_path):
     args = arguments(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 100000)
