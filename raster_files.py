@@ -239,9 +239,14 @@ def read_tiff(path: Path) -> tuple[np.ndarray, str | None, Facts]:
     stands; its order of h, w and c, None where the writer did not say; what GDAL's tags say."""
     facts = tiff_facts(path)
     with _open_tiff(path) as file:
-        series = max(file.series, key=lambda series: series.size)  # the others are thumbnails
+        series = max(file.series, key=lambda series: series.size)
         check_claim(path, series.nbytes, path.stat().st_size)
         stored = series.asarray()
+        # Thumbnails; but a page of another size than the others would be one too.
+        others = [image for image in file.series if not image.keyframe.is_reduced]
+    if len(others) > 1:
+        remark = f"images left out, as smaller than the cube: {len(others) - 1}"
+        facts = facts._replace(remarks=(*facts.remarks, remark))
     axes = "".join({"Y": "h", "X": "w"}.get(letter, "c") for letter in series.axes)
     if axes == "hw" and len(facts.centres or []) == 1:
         stored, axes = stored[None], "chw"

@@ -559,7 +559,10 @@ def tiff(folder, caplog):
     with tifffile.TiffWriter(path) as file:
         file.write(np.zeros((4, 5, 3), np.uint8), photometric="rgb")  # a thumbnail
         file.write(planes, photometric="minisblack", planarconfig="separate")
+        file.write(np.zeros((4, 5), np.uint8), photometric="minisblack", subfiletype=1)
     assert np.array_equal(read_cube(path), cube)
+    _, facts = cube_files.read_stored(path)
+    assert facts.remarks == ("images left out, as smaller than the cube: 1",)
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)[..., 0]).save(path)
     refused("a.tif: uint8 of axes YX", read_cube, path)
     tifffile.imwrite(path, planes, photometric="minisblack", compression="zlib")
