@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -124,7 +125,15 @@ def _flag_kind(hint: Any, choices: Choices) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(hint) in (list, tuple):
         return {"type": get_args(hint)[0], "nargs": "+", "choices": choices}
-    return {"type": hint, "choices": choices}
+    return {"type": finite if hint is float else hint, "choices": choices}
+
+
+def finite(text: str) -> float:
+    """The type of flags that are numbers: no check of a range would find NaN outside."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number")
+    return value
 
 
 def _config_flags(path: str, known: set[str]) -> list[str]:

@@ -442,7 +442,7 @@ def _add_staging_flags(parser: CliParser) -> None:
     workers = min(8, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, help="parallel processes")
     fraction_help = "share for validation where there are no lists; 0.1 unless given"
-    add("--val-fraction", type=float, help=fraction_help)
+    add("--val-fraction", type=common.finite, help=fraction_help)
     add("--split-seed", type=int, default=0, help="seed of that draw")
     add("--cube-key", help="name of the cube in the files, where it is not a usual one")
     add("--axes", help="stored order of h, w and c, such as cwh, where it cannot be told")
@@ -457,9 +457,14 @@ def _add_value_flags(parser: CliParser) -> None:
     white_help = "white reference of counts (any format), averaged over lines, by column and band"
     add("--white", metavar="FILE", help=white_help)
     add("--dark", metavar="FILE", help="its dark reference")
-    add("--scale", type=float, default=1.0, help="the stored value that means 1")
+    add("--scale", type=common.finite, default=1.0, help="the stored value that means 1")
     add("--no-data", type=float, help="stored value of no data, where the files do not say")
-    add("--fill", type=float, metavar="VALUE", help="take in no data, as this value from 0 to 1")
+    add(
+        "--fill",
+        type=common.finite,
+        metavar="VALUE",
+        help="take in no data, as this value from 0 to 1",
+    )
     clip_help = "cut values a little outside [0, 1], and record how many and how far"
     add("--clip", action=argparse.BooleanOptionalAction, default=False, help=clip_help)
 

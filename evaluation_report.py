@@ -40,7 +40,7 @@ def write_report(
     models, rows = [], []
     for summary, folder in zip(summaries, folders, strict=True):
         records = [read_json(path) for path in sorted((folder / "metrics").glob("*.json"))]
-        records.sort(key=lambda record: record["mrae"])
+        records.sort(key=lambda record: math.inf if record["mrae"] is None else record["mrae"])
         rows += [
             [summary["name"], record["scene_id"], *(record[key] for key in HEADLINE)]
             for record in records

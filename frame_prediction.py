@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -151,10 +152,13 @@ def load_model(
 
 
 def _split_name(spec: str) -> tuple[str, str]:
-    """NAME=FILE, or a file, which is called by its folder where its own name says little."""
+    """NAME=FILE, or a file, which is called by its folder where its own name says little. A file's
+    path may hold a = too: the first after which there is one ends the name."""
     name, path = "", spec
-    if not os.path.exists(spec):
-        name, _, path = spec.rpartition("=")
+    for found in re.finditer("=", spec):
+        if os.path.exists(path):
+            break
+        name, path = spec[: found.start()], spec[found.end() :]
     file = Path(path)
     if not name and file.stem in ("best", "last", "model"):
         name = file.parent.name

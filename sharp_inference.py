@@ -63,6 +63,9 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )
 HALF_A_BAND = 5  # nm, of ARAD-1K: how far wavelengths of model and data may differ
+# What an evaluation leaves in its folder.
+EVALUATION_FOLDERS = ("metrics", "hsi", "cubes", "photos", "scale", "figures")
+EVALUATION_FILES = ("summary.json", "table.md", "metrics.csv", "stress.md", "stress.json")
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
 files, computing = partial(opt, group="files"), partial(opt, group="computing")
@@ -136,6 +139,10 @@ class Settings(LoadOptions, PredictionOptions, FileOptions):
             raise ValueError("--output is missing: give a file such as photo.npy, or a folder")
         if (self.input or self.export) and len(self.checkpoint) > 1:
             raise ValueError("--input and --export take one --checkpoint")
+        if self.points and not self.preview:
+            raise ValueError("--points needs --preview, whose pictures show them")
+        if scores and not self.input and self.format not in (None, "npy", "mat"):
+            raise ValueError(f"--format {self.format}: an evaluation writes npy, and mat if asked")
 
 
 def photo_source(rgb: np.ndarray, norm: str, encoding: str = "linear") -> tuple[Source, int, int]:
@@ -320,13 +327,11 @@ def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
     """Score every model on the split, each rank its share; rank 0 writes what concerns all."""
     output = Path(args.output or ".")
     folders = [output / model.name if len(models) > 1 else output for model in models]
-    for folder in folders:
-        # Else two evaluations would be averaged by those who read the folder.
-        if ranks.is_main and (folder / "metrics").exists() and not args.overwrite:
-            raise UserError(
-                f"--output {folder}: holds an evaluation; give --overwrite to replace it, or "
-                "another folder"
-            )
+    if ranks.is_main:
+        for folder in (output, *folders):
+            check_room(folder, args.overwrite)
+        if len(models) > 1:
+            remove_evaluation(output)
     summaries, stress = [], []
     for model, folder in zip(models, folders, strict=True):
         summary, rows = evaluate_one(model, folder, args, ranks)
@@ -337,6 +342,31 @@ def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
         report(summaries, stress, output)
         if args.report:
             terminal.say(f"look at {write_report(output, summaries, folders, stress)}")
+
+
+def evaluation_parts(folder: Path) -> list[Path]:
+    """What is in a folder of what an evaluation leaves there."""
+    names = (*EVALUATION_FILES, "report.html", *EVALUATION_FOLDERS)
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def check_room(folder: Path, overwrite: bool) -> None:
+    """UserError where an evaluation may not be written: over another one, whose scenes would stay
+    beside the new ones, or over what is none."""
+    parts = evaluation_parts(folder)
+    evaluated = any(part.name in EVALUATION_FILES[:2] for part in parts)
+    if not evaluated and not list((folder / "metrics").glob("*_metrics.json")) and parts:
+        raise UserError(f"--output {folder}: {parts[0]} is of no evaluation; give another folder")
+    if parts and not overwrite:
+        raise UserError(
+            f"--output {folder}: holds an evaluation; give --overwrite to replace it, or another "
+            "folder"
+        )
+
+
+def remove_evaluation(folder: Path) -> None:
+    for part in evaluation_parts(folder):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def evaluate_one(
@@ -353,8 +383,7 @@ def evaluate_one(
     loader = val_loader(config)
     check_bands(model, loader.wavelengths, args.data_root)
     if ranks.is_main:
-        for part in ("metrics", "hsi", "cubes", "photos", "scale"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+        remove_evaluation(folder)
     ranks.gather(None)  # the others write when that is done
     mine, peak = [], 0
     for scene in terminal.bar(loader, desc=model.name, unit="scene"):

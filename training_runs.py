@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,14 @@ class RunFolder:
 
 
 MEASURE = ("metric_floor", "val_crop_border")  # settings that a reported value depends on
+# Settings that no step depends on, or that a run looks up anew where it goes on.
+NO_MATTER = (
+    *("output_dir", "experiment_name", "resume_from", "init_from", "log_interval", "save_minutes"),
+    *("device", "threads", "num_workers", "verify", "wandb", "use_amp", "amp_dtype"),
+    *("compile_model", "val_interval", "data_root"),
+)
 # What of a model may depend on the number of bands.
+SCALE = "head.scale."  # what a model has with --estimate_uncertainty alone
 BAND_PARTS = ("direct", "basis", "consistency", "coefficients", "scale")  # of the head
 
 
@@ -104,8 +113,16 @@ def start_weights(
     other_bands = [name for name in weights if _is_of_other_bands(name, weights, own)]
     for name in other_bands:
         weights[name] = own[name]
+    of_scale = {name for name in (*own, *weights) if name.startswith(SCALE)}
+    new_scale = of_scale - weights.keys()
+    for name in new_scale:
+        weights[name] = own[name]
+    for name in of_scale - own.keys():  # this model has none
+        del weights[name]
     load_weights(model, weights, f"--init_from {init_from}")
     text = f"starts from {init_from}"
+    if new_scale:
+        text += ", whose uncertainty is new"
     if other_bands:
         text += ", which has another number of bands: direct path, basis and camera are new"
     return f"{text}; {_refit_where_better(model, rgb, cube, loss_fn)}"
@@ -160,18 +177,28 @@ def _refit_where_better(model: Any, rgb: Tensor, cube: Tensor, loss_fn: Any) -> 
     return f"{text} {new:.4f}, {verdict}"
 
 
-def other_schedule(old: dict, cfg: Any) -> str:
-    """What of the learning rate's course is not as in the `old` settings of a run, in words."""
-    changes = []
-    for name in ("lr", "eta_min", "epochs", "warmup_epochs"):
-        if old.get(name) != getattr(cfg, name):
-            changes.append(f"--{name} {getattr(cfg, name)}, it was {old.get(name)}")
-    return "".join(f"; {change}" for change in changes)
+def other_settings(old: dict, cfg: Any) -> str:
+    """Which settings that a step depends on are not as the `old` ones of a run, in words."""
+    text = ""
+    for name, value in old.items():
+        if name not in NO_MATTER and getattr(cfg, name, value) != value:
+            text += f"; --{name} {getattr(cfg, name)}, it was {value}"
+    return text
 
 
-def keeps_best(old: dict, cfg: Any, folder: RunFolder) -> bool:
-    """Whether the best value of a resumed run is of the same data, measure and folder."""
-    same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split", *MEASURE))
+def scenes_digest(names: list[str], checksums: Sequence[tuple[Path, str]], root: str) -> str:
+    """Tells the scenes of a split from others: by their checksums, of raw ones by their folder."""
+    files: Any = [digest for _, digest in checksums] or str(Path(root).resolve())
+    return hashlib.sha256(to_json([names, files]).encode()).hexdigest()
+
+
+def keeps_best(state: dict, cfg: Any, facts: dict, folder: RunFolder) -> bool:
+    """Whether the best value of a resumed run is of the same scenes, measure and folder."""
+    old, digest = state["settings"], state["data"].get("val_scenes")
+    same = digest == facts["val_scenes"]
+    if digest is None:  # an older run's
+        same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split"))
+    same = same and all(old[key] == getattr(cfg, key) for key in MEASURE)
     return same and (folder.checkpoints / "best.ckpt").exists()
 
 

@@ -154,6 +154,9 @@ class RunState:
             "train_floor": cfg.train_floor,
             "metric_floor": cfg.metric_floor,
         }
+        scenes = self.val_loader.scenes
+        digest = runs.scenes_digest(scenes.names, scenes.checksums, cfg.data_root)
+        self.data_facts["val_scenes"] = digest
         warmup = warmup_steps(cfg, self.steps_per_epoch)
         self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup)
 
@@ -317,10 +320,12 @@ class RunState:
             runs.set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
-        if not runs.keeps_best(state["settings"], cfg, self.folder):
+        note = runs.other_settings(state["settings"], cfg)
+        if not runs.keeps_best(state, cfg, self.data_facts, self.folder):
             self.best, self.best_metrics = math.inf, {}
+            note += "; its best was of other scenes, by another measure, or lies elsewhere"
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"
-        self.say(f"resumed: {path} at {place}{runs.other_schedule(state['settings'], cfg)}")
+        self.say(f"resumed: {path} at {place}{note}")
 
     def save_best_weights(self) -> None:
         """best.safetensors: the weights that were scored, for inference."""

@@ -151,6 +151,18 @@ def test_help_shows_percent_signs_and_defaults(capsys):
     assert "100 % (default: 0.5)" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("value", ["nan", "-inf", "1e999"])
+def test_a_number_that_is_not_finite_is_refused(value, capsys):
+    @dataclasses.dataclass
+    class Rates:
+        lr: float | None = common.opt(1.0, "a rate")
+
+    with pytest.raises(SystemExit) as error:
+        common.parse_dataclass(Rates, ["--lr", value] if value != "-inf" else ["--lr=-inf"])
+    assert error.value.code == 2
+    assert f"argument --lr: {value}: give a finite number" in capsys.readouterr().err
+
+
 def test_json_writes_numbers_of_any_kind_and_no_nan(tmp_path):
     common.write_json(
         tmp_path / "x.json",

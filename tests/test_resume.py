@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, write_raw_arad
+from conftest import ROOT, read_index, write_index, write_raw_arad, write_staged
 from training_helpers import (
     DROP,
     ONE_THREAD,
@@ -30,6 +30,8 @@ from training_helpers import (
 import common_utils_v32 as common
 from common_utils_v32 import UserError
 from training_runs import STOPPED
+
+UNSURE = "--estimate_uncertainty"
 
 pytestmark = pytest.mark.usefixtures("runs_in_this_process")
 
@@ -95,7 +97,8 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
     again = make_run(
         trainer, raw_arad, tmp_path, *resume, "--lr", 8e-5, "--eta_min", 1e-7, "--weight_decay", 0.3
     )
-    assert "; --lr 8e-05, it was 0.0008; --eta_min 1e-07, it was 1e-06\n" in capsys.readouterr().out
+    said = "; --lr 8e-05, it was 0.0008; --eta_min 1e-07, it was 1e-06; --weight_decay 0.3, it was "
+    assert f"step 3{said}0.0001\n" in capsys.readouterr().out
     rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
     assert rates.keys() == {0.3, 0.0} and again.best == 0.0
     expected = first.schedule.get_last_lr()[0] / 10
@@ -353,6 +356,38 @@ def test_a_start_on_other_bands_makes_their_parts_anew(trainer, trained, tmp_pat
     assert parts(run)[0].config.out_channels == 28 and run.train() == 0
 
 
+@pytest.mark.parametrize("first, then", [((), (UNSURE,)), ((UNSURE,), ())])
+def test_a_start_with_or_without_uncertainty_takes_the_other(
+    first, then, raw_arad, tmp_path, capsys
+):
+    hsi = TRAINERS[0]
+    assert make_run(hsi, raw_arad, tmp_path / "a", "--epochs", 1, *first).train() == 0
+    capsys.readouterr()
+    last = tmp_path / "a" / "run" / "last.ckpt"
+    run = start_from(hsi, raw_arad, tmp_path / "b", last, "--epochs", 1, *then)
+    assert (", whose uncertainty is new" in capsys.readouterr().out) == bool(then)
+    weights, mine = common.read_checkpoint(last)["ema"], run.model.state_dict()
+    assert torch.equal(mine["stem.weight"], weights["stem.weight"])
+    assert run.train() == 0
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_best_value_is_not_of_scenes_that_were_staged_again(trainer, tmp_path, capsys):
+    data = write_staged(tmp_path / "data", dtype="float32")
+    more = ("--patch_size", 16, "--min_input_size", 16)
+    run = make_run(trainer, data, tmp_path, *more)
+    stop_after(run, 7)
+    assert run.train() == STOPPED and run.best < math.inf
+    assert make_run(trainer, data, tmp_path, *more, "--resume_from", "auto").best == run.best
+    index = read_index(data)
+    index["splits"]["val"][0]["cube_sha256"] = "0" * 64
+    write_index(data, index)
+    capsys.readouterr()
+    resumed = (*more, "--resume_from", "auto", "--no-verify")
+    assert make_run(trainer, data, tmp_path, *resumed).best == math.inf
+    assert "; its best was of other scenes" in capsys.readouterr().out
+
+
 def test_a_start_from_another_model_is_one_line(raw_arad, tmp_path):
     hsi, sharp = TRAINERS
     assert make_run(hsi, raw_arad, tmp_path / "a", "--epochs", 1).train() == 0
@@ -379,4 +414,7 @@ def test_the_best_value_belongs_to_one_data_set_and_one_folder(trainer, raw_arad
     assert elsewhere.best == float("inf") and not elsewhere.best_metrics
     moved = shutil.copytree(raw_arad, tmp_path / "other data")
     assert make_run(trainer, moved, tmp_path, "--resume_from", last).best == float("inf")
+    spelled = tmp_path / ".." / tmp_path.name / "data"
+    spelled.symlink_to(raw_arad)
+    assert make_run(trainer, spelled, tmp_path, "--resume_from", last).best == run.best
     assert elsewhere.train() == 0 and (tmp_path / "other" / "run" / "best.ckpt").exists()

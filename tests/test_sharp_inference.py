@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import h5py
 import numpy as np
@@ -309,6 +310,8 @@ class Evil:
         ({"--device": "tpu"}, "--device"),
         ({"--format": "mat"}, "--format|folder"),
         ({"--points": "3;4"}, "--points"),
+        ({"--points": "3,4"}, "--points needs --preview"),
+        ({"--metric_floor": "nan"}, "--metric_floor"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, checkpoint, monkeypatch, change, words):
@@ -601,3 +604,12 @@ def test_what_a_folder_holds_and_is_not_read_is_listed(tmp_path, checkpoint, cap
     write_cube_of(checkpoint, tmp_path / "in", tmp_path / "out")
     assert "not read: b.heic, c.MOV, d.cr2" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npy"]
+
+
+def test_a_checkpoint_may_lie_in_a_folder_with_an_equals_sign(tmp_path, checkpoint):
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    path = shutil.copy(checkpoint, folder / "best.ckpt")
+    for spec, name in ((f"{path}", "lr=0.1"), (f"A={path}", "A"), (f"x=y={path}", "x=y")):
+        model = inference.load_model(spec)
+        assert (model.name, model.path) == (name, str(path))

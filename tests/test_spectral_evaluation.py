@@ -298,6 +298,61 @@ def test_an_earlier_evaluation_is_kept_unless_told_otherwise(tmp_path, scenes):
     assert summary["tile"] == 64 and len(summary["per_band"]["ssim_full"]) == 31
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("hsi", "metrics")])
+def test_one_evaluation_leaves_nothing_of_another(tmp_path, scenes, names):
+    """Of one model, of two, of one again without a report; models may be named as its folders."""
+    checkpoint, output = write_checkpoint(tmp_path / "m.ckpt"), tmp_path / "res"
+    argv = ("--evaluate", "--data_root", scenes, "--output", output, "--checkpoint")
+    two = [f"{name}={checkpoint}" for name in names]
+    run(*argv, checkpoint)
+    before = (output / "summary.json").read_bytes()
+    with pytest.raises(common.UserError, match="res: holds an evaluation; give --overwrite"):
+        run(*argv, *two)
+    assert (output / "summary.json").read_bytes() == before
+    run(*argv, *two, "--overwrite")
+    found = {path.name for path in output.iterdir()}
+    assert found == {*names, "report.html", "summary.json", "table.md"}
+    with pytest.raises(common.UserError, match="res: holds an evaluation"):
+        run(*argv, checkpoint)
+    run(*argv, checkpoint, "--overwrite", "--no-report")
+    assert not (output / "report.html").exists() and (output / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_an_evaluation_removes_nothing_that_none_wrote(tmp_path, scenes, more):
+    checkpoint, own = write_checkpoint(tmp_path / "m.ckpt"), tmp_path / "photos" / "holiday.jpg"
+    own.parent.mkdir()
+    own.write_text("mine")
+    argv = ("--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--output", tmp_path)
+    with pytest.raises(common.UserError, match="photos is of no evaluation; give another folder"):
+        run(*argv, *more)
+    assert own.read_text() == "mine"
+
+
+def test_a_scene_without_a_number_is_reported_as_the_worst(tmp_path, scenes, monkeypatch):
+    real = inference.predict_scene
+
+    def broken(model, rgb, args):
+        out, tile = real(model, rgb, args)
+        return (out * math.nan if broken.calls.pop(0) else out), tile
+
+    broken.calls = [False, True, False]
+    monkeypatch.setattr(inference, "predict_scene", broken)
+    evaluate(write_checkpoint(tmp_path / "m.ckpt"), scenes, tmp_path / "res")
+    assert (tmp_path / "res" / "report.html").exists()
+
+
+def test_an_evaluation_that_was_cut_off_can_be_replaced(tmp_path, scenes):
+    checkpoint, output = write_checkpoint(tmp_path / "m.ckpt"), tmp_path / "res"
+    argv = ("--checkpoint", checkpoint, "--evaluate", "--data_root", scenes, "--output", output)
+    (output / "metrics").mkdir(parents=True)
+    (output / "metrics" / "old_metrics.json").write_text("{}")
+    with pytest.raises(common.UserError, match="res: holds an evaluation; give --overwrite"):
+        run(*argv)
+    run(*argv, "--overwrite")
+    assert not (output / "metrics" / "old_metrics.json").exists()
+
+
 # --- metrics
 
 
