@@ -91,8 +91,8 @@ NO_MATTER = (
     *("device", "threads", "num_workers", "verify", "wandb", "use_amp", "amp_dtype"),
     *("compile_model", "val_interval", "data_root"),
 )
-# What of a model may depend on the number of bands.
 SCALE = "head.scale."  # what a model has with --estimate_uncertainty alone
+# What of a model may depend on the number of bands.
 BAND_PARTS = ("direct", "basis", "consistency", "coefficients", "scale")  # of the head
 
 
