@@ -181,8 +181,10 @@ def other_settings(old: dict, cfg: Any) -> str:
     """Which settings that a step depends on are not as the `old` ones of a run, in words."""
     text = ""
     for name, value in old.items():
-        if name not in NO_MATTER and getattr(cfg, name, value) != value:
-            text += f"; --{name} {getattr(cfg, name)}, it was {value}"
+        new = getattr(cfg, name, value)
+        if name not in NO_MATTER and new != value:
+            now, then = ("not given" if x is None else x for x in (new, value))
+            text += f"; --{name} {now}, it was {then}"
     return text
 
 

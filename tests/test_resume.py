@@ -99,6 +99,8 @@ def test_resume_goes_by_the_settings_of_this_command(trainer, raw_arad, tmp_path
     )
     said = "; --lr 8e-05, it was 0.0008; --eta_min 1e-07, it was 1e-06; --weight_decay 0.3, it was "
     assert f"step 3{said}0.0001\n" in capsys.readouterr().out
+    make_run(trainer, raw_arad, tmp_path, *resume, "--num_workers", 0, DROP[trainer], 0.3)
+    assert f"step 3; {DROP[trainer]} 0.3, it was not given\n" in capsys.readouterr().out
     rates = {group["weight_decay"]: group["lr"] for group in parts(again)[2].param_groups}
     assert rates.keys() == {0.3, 0.0} and again.best == 0.0
     expected = first.schedule.get_last_lr()[0] / 10
