@@ -179,7 +179,7 @@ def write_run_figure(folder: Path) -> None:
 
 def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any]:
     name = record["scene_id"]
-    predicted = np.load(folder / "hsi" / f"{name}.npy", mmap_mode="r")
+    predicted = np.nan_to_num(np.load(folder / "hsi" / f"{name}.npy"))  # NaN is shown as black
     measured = np.load(folder / "hsi" / f"{name}_target.npy", mmap_mode="r")
     small, truth = _sample(predicted, GRID), _sample(measured, GRID)
     top = float(max(small.max(), truth.max(), 1e-6))

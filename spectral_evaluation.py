@@ -263,7 +263,8 @@ def summarise(records: list[dict], facts: dict, folder: Path) -> dict:
         rows.append(row)
     mean = mean_metrics(rows)
     mean.pop("metric_floor")
-    ordered = [row["scene_id"] for row in sorted(rows, key=lambda row: row["mrae"])]
+    rows_by_error = sorted(rows, key=lambda row: np.nan_to_num(row["mrae"], nan=np.inf))
+    ordered = [row["scene_id"] for row in rows_by_error]
     tiles = [part["tile"] for part in parts if part["tile"]]
     intervals = {key: bootstrap_interval([row[key] for row in rows]) for key in mean}
     per_band = {}
@@ -394,7 +395,7 @@ def scene_figure(
 
 def write_scene_figure(folder: Path, scene: str, name: str, wavelengths: list[float]) -> None:
     """figures/<name>.png of a scene whose cubes are in <folder>/hsi."""
-    cube = torch.from_numpy(np.load(folder / "hsi" / f"{scene}.npy"))
+    cube = torch.from_numpy(np.nan_to_num(np.load(folder / "hsi" / f"{scene}.npy")))
     target = torch.from_numpy(np.load(folder / "hsi" / f"{scene}_target.npy"))
     measured = cube_to_srgb(rearrange(target, "c h w -> h w c").numpy(), wavelengths)
     seen = rearrange(torch.from_numpy(measured), "h w c -> c h w") / 255

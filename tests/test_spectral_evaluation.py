@@ -339,7 +339,9 @@ def test_a_scene_without_a_number_is_reported_as_the_worst(tmp_path, scenes, mon
     broken.calls = [False, True, False]
     monkeypatch.setattr(inference, "predict_scene", broken)
     evaluate(write_checkpoint(tmp_path / "m.ckpt"), scenes, tmp_path / "res")
-    assert (tmp_path / "res" / "report.html").exists()
+    page = (tmp_path / "res" / "report.html").read_text(encoding="utf-8")
+    assert '"top": null' not in page and '"top":null' not in page
+    assert common.read_json(tmp_path / "res" / "summary.json")["worst"] == "w"
 
 
 def test_an_evaluation_that_was_cut_off_can_be_replaced(tmp_path, scenes):
