@@ -152,6 +152,8 @@ def read_rgb(path: str | Path) -> np.ndarray:
     with reading(path, "an RGB image"), open_image(path) as image:
         if image.mode not in ("RGB", "RGBA", "P", "L"):
             raise UserError(f"{path}: a {image.mode} image; an 8-bit RGB image is needed")
+        if any(";16" in str(tile.args) for tile in image.tile):  # Pillow gives the high bytes
+            raise UserError(f"{path}: 16 bits a channel; an 8-bit RGB image is needed")
         if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
             raise UserError(f"{path}: its EXIF turns it; save it as its cube lies, without EXIF")
         return np.asarray(image.convert("RGB"))

@@ -146,7 +146,8 @@ def resolve_settings(args: argparse.Namespace, jobs: list[Job]) -> dict[str, Any
     """What the staged files depend on; bands and wavelengths as in the first scene."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.rgb_encoding is None:
-        camera = args.camera if args.render_rgb else _source_camera(args)
+        rendered = args.render_rgb == "all" or not any(scene.rgb_path for _, scene in jobs)
+        camera = args.camera if args.render_rgb and rendered else _source_camera(args)
         settings["rgb_encoding"] = encoding_of(camera)
     path, stored, facts = _first_cube(args, [scene for _, scene in jobs if scene.cube_path])
     every = find_wavelengths(path, stored, args.wavelengths)
@@ -245,7 +246,8 @@ def _render(cube: np.ndarray, name: str, settings: dict[str, Any]) -> np.ndarray
     if settings["rgb_encoding"] != rendered:
         raise UserError(
             f"--rgb-encoding {settings['rgb_encoding']}: scene {name} is rendered, and photos of "
-            f"camera {settings['camera']} are {rendered}; leave it out"
+            f"camera {settings['camera']} are {rendered}; give --rgb-encoding {rendered} if all "
+            "photos are, or another --camera, such as srgb"
         )
     rng = np.random.default_rng([settings["seed"], *name.encode()])
     rgb, _ = render_photo(np.nan_to_num(cube), settings["wavelengths"], rng, settings)
@@ -264,6 +266,8 @@ def _source(scene: Scene, settings: dict[str, Any]) -> list[list]:
     files += [scene.rgb_path] if scene.rgb_path else []
     for reference in (settings["white"], settings["dark"]):
         files += cube_files.cube_sources(Path(reference)) if reference else []
+    if Path(settings["camera"]).is_file():  # a table of its response
+        files.append(Path(settings["camera"]))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -513,6 +517,8 @@ def main(argv: list[str] | None = None) -> int | None:
         _check_range(args, name, 0, 1)
     if args.dark and not args.white:
         raise UserError(f"--dark {args.dark}: give --white too")
+    if args.white and args.scale != 1:
+        raise UserError(f"--scale {args.scale:g}: --white makes counts reflectance; leave one out")
     synthetic = args.synthetic is not None
     if args.verify_only and not synthetic:
         return verify(args)

@@ -508,6 +508,8 @@ def create_optimized_dataloaders(config: DataConfig) -> tuple[TrainLoader, ValLo
         )
     if config.verify:
         checksums = [*train.dataset.scenes.checksums, *val.scenes.checksums]
+        if train.dataset.mixed is not None:
+            checksums += train.dataset.mixed.scenes.checksums
         train.check = FileCheck(checksums[config.rank :: config.world_size])
     return train, val
 

@@ -227,6 +227,10 @@ class Scenes:
         """The whole scene, mapped or decoded."""
         raise NotImplementedError
 
+    def identity(self) -> list:
+        """What tells these scenes from others, wherever they lie."""
+        return [self.names, [digest for _, digest in self.checksums]]
+
     def copy_patch(
         self, scene: int, top: int, left: int, cube: np.ndarray, rgb: np.ndarray
     ) -> tuple[int, int]:
@@ -372,6 +376,14 @@ class RawScenes(Scenes):
             self.cube_paths.append(cube_path)
             self.rgb_paths.append(rgb_path)
             self._inspect(cube_path, rgb_path)
+
+    def identity(self) -> list:
+        """Their files' places, sizes and times, as nothing is known of what is in them."""
+        files = []
+        for path in (*self.cube_paths, *self.rgb_paths):
+            facts = path.stat()
+            files.append([str(path.resolve()), facts.st_size, facts.st_mtime_ns])
+        return files
 
     def _inspect(self, path: Path, rgb_path: Path) -> None:
         """Note shape, layout and bands of the next scene, from headers where there are any."""

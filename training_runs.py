@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +184,6 @@ def other_settings(old: dict, cfg: Any) -> str:
             now, then = ("not given" if x is None else x for x in (new, value))
             text += f"; --{name} {now}, it was {then}"
     return text
-
-
-def scenes_digest(names: list[str], checksums: Sequence[tuple[Path, str]], root: str) -> str:
-    """Tells the scenes of a split from others: by their checksums, of raw ones by their folder."""
-    files: Any = [digest for _, digest in checksums] or str(Path(root).resolve())
-    return hashlib.sha256(to_json([names, files]).encode()).hexdigest()
 
 
 def keeps_best(state: dict, cfg: Any, facts: dict, folder: RunFolder) -> bool:

@@ -4,6 +4,7 @@ it is, validation, the lines that it says, and the files that it leaves.
     class Run(RunState): ...          # adds make_model, learnt, learn_from and the loop"""
 
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -154,9 +155,8 @@ class RunState:
             "train_floor": cfg.train_floor,
             "metric_floor": cfg.metric_floor,
         }
-        scenes = self.val_loader.scenes
-        digest = runs.scenes_digest(scenes.names, scenes.checksums, cfg.data_root)
-        self.data_facts["val_scenes"] = digest
+        identity = common.to_json(self.val_loader.scenes.identity())
+        self.data_facts["val_scenes"] = hashlib.sha256(identity.encode()).hexdigest()
         warmup = warmup_steps(cfg, self.steps_per_epoch)
         self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup)
 

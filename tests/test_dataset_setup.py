@@ -513,3 +513,32 @@ def test_a_folder_of_version_1_is_carried_on_and_becomes_version_2(raw, tmp_path
     assert "(0 were there)" not in capsys.readouterr().out.splitlines()[-1]
     arrays = {name for name in before if name.endswith(".npy")}
     assert all(folder_bytes(staged / "train")[name] == before[name] for name in arrays)
+
+
+def test_a_camera_file_that_has_changed_is_noticed(raw, tmp_path):
+    table = tmp_path / "camera.csv"
+    flags = ("--render-rgb", "all", "--camera", table)
+    found = []
+    for row in ("{nm},1,{x},9", "{nm},{x},9,1"):
+        rows = [row.format(nm=nm, x=nm - 379) for nm in range(380, 740, 10)]
+        table.write_text("\n".join(["nm,r,g,b", *rows]))
+        index = stage(raw, tmp_path / "a", *flags)
+        found.append(index["splits"]["train"][0]["rgb_sha256"])
+    assert found[0] != found[1]
+
+
+def test_photos_that_are_there_keep_their_encoding(raw, tmp_path):
+    """--render-rgb is for those that are missing."""
+    flags = ("--render-rgb", "--camera", "srgb")
+    assert stage(raw, tmp_path / "a", *flags)["rgb"]["encoding"] == "linear"
+    assert stage(raw, tmp_path / "b", *flags, "--rgb-encoding", "srgb")["rgb"]["encoding"] == "srgb"
+    photo = next(iter((raw / "Train_RGB").glob("*")))
+    photo.unlink()
+    with pytest.raises(UserError, match="is rendered, .* are srgb; give --rgb-encoding srgb if"):
+        stage(raw, tmp_path / "c", *flags)
+
+
+def test_counts_are_made_reflectance_once(raw, tmp_path):
+    np.save(tmp_path / "white.npy", np.ones((1, 31), np.float32))
+    with pytest.raises(UserError, match="--scale 4095: --white makes counts reflectance"):
+        stage(raw, tmp_path / "a", "--white", tmp_path / "white.npy", "--scale", 4095)

@@ -493,3 +493,13 @@ def test_a_second_set_of_another_kind_is_refused(staged, staged16):
         train_loader(config(staged, mix_root=str(staged16)))
     with pytest.raises(UserError, match="--mix_share 1.0"):
         config(staged, mix_share=1.0)
+
+
+def test_a_damaged_second_set_is_noticed(staged, tmp_path):
+    other = shutil.copytree(staged, tmp_path / "other")
+    index = read_index(other)
+    index["splits"]["train"][0]["cube_sha256"] = "0" * 64
+    write_index(other, index)
+    train, _ = create_optimized_dataloaders(config(staged, mix_root=str(other)))
+    damaged = other / index["splits"]["train"][0]["cube"]
+    assert [path for path, _ in train.check.checksums] == [damaged]

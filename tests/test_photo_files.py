@@ -198,3 +198,9 @@ def test_formats_that_are_not_read_say_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="is not read; convert it to JPEG or PNG"):
         read_photo(tmp_path / name, tmp_path)
+
+
+def test_a_scenes_photo_of_16_bits_is_refused_not_cut_to_8(tmp_path):
+    write_deep_png(tmp_path / "a.png", np.full(RGB_SHAPE, 4080, np.uint16))
+    with pytest.raises(UserError, match="a.png: 16 bits a channel; an 8-bit RGB image is needed"):
+        cube_files.read_rgb(tmp_path / "a.png")

@@ -417,6 +417,13 @@ def test_the_best_value_belongs_to_one_data_set_and_one_folder(trainer, raw_arad
     moved = shutil.copytree(raw_arad, tmp_path / "other data")
     assert make_run(trainer, moved, tmp_path, "--resume_from", last).best == float("inf")
     spelled = tmp_path / ".." / tmp_path.name / "data"
-    spelled.symlink_to(raw_arad)
-    assert make_run(trainer, spelled, tmp_path, "--resume_from", last).best == run.best
+    spelled.symlink_to(moved)
+    ours = make_run(trainer, moved, tmp_path / "moved")
+    stop_after(ours, 7)
+    assert ours.train() == STOPPED
+    resume = ("--resume_from", "auto")
+    assert make_run(trainer, spelled, tmp_path / "moved", *resume).best == ours.best
+    for path in (moved / "Train_Spec").iterdir():
+        os.utime(path, (1e9, 1e9))  # other files of the same names
+    assert make_run(trainer, moved, tmp_path / "moved", *resume).best == float("inf")
     assert elsewhere.train() == 0 and (tmp_path / "other" / "run" / "best.ckpt").exists()
