@@ -471,7 +471,10 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
     if config.mix_root is None:
         return None
     other = replace(config, data_root=config.mix_root, mix_root=None)
-    mixed = PatchDataset(_training_scenes(other), other)
+    try:
+        mixed = PatchDataset(_training_scenes(other), other)
+    except UserError as error:
+        raise UserError(str(error).replace("--data_root", "--mix_root")) from None
     for what, mine, theirs in (
         ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
         ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2]),

@@ -491,6 +491,8 @@ def test_the_share_of_a_second_set_falls_over_the_epochs_that_ranks_divide(stage
 def test_a_second_set_of_another_kind_is_refused(staged, staged16):
     with pytest.raises(UserError, match="--mix_root .* differs from .* in its RGB type"):
         train_loader(config(staged, mix_root=str(staged16)))
+    with pytest.raises(UserError, match="^--mix_root nowhere: neither index.json nor Train_Spec"):
+        train_loader(config(staged, mix_root="nowhere"))
     with pytest.raises(UserError, match="--mix_share 1.0"):
         config(staged, mix_share=1.0)
 
