@@ -179,7 +179,7 @@ def write_run_figure(folder: Path) -> None:
 
 def _scene(folder: Path, summary: dict, why: str, record: dict) -> dict[str, Any]:
     name = record["scene_id"]
-    predicted = np.nan_to_num(np.load(folder / "hsi" / f"{name}.npy"))  # NaN is shown as black
+    predicted = np.load(folder / "hsi" / f"{name}.npy", mmap_mode="r")
     measured = np.load(folder / "hsi" / f"{name}_target.npy", mmap_mode="r")
     small, truth = _sample(predicted, GRID), _sample(measured, GRID)
     top = float(max(small.max(), truth.max(), 1e-6))
@@ -217,12 +217,13 @@ def _shown_cube(cube: np.ndarray, small: np.ndarray, top: float, nm: list[float]
 
 
 def _sample(cube: np.ndarray, most: int) -> np.ndarray:
-    """The pixels of a cube (bands, H, W) at the middles of an even grid, `most` a side or fewer."""
+    """The pixels of a cube (bands, H, W) at the middles of an even grid, `most` a side or fewer; 0
+    for NaN."""
     places = []
     for side in cube.shape[1:]:
         count = min(side, most)
         places.append(((np.arange(count) + 0.5) * side / count).astype(int))
-    return np.asarray(cube[:, places[0]][:, :, places[1]])
+    return np.nan_to_num(cube[:, places[0]][:, :, places[1]])
 
 
 def _packed(cube: np.ndarray, top: float) -> str:

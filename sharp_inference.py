@@ -65,7 +65,14 @@ UNREADABLE = (
 HALF_A_BAND = 5  # nm, of ARAD-1K: how far wavelengths of model and data may differ
 # What an evaluation leaves in its folder.
 EVALUATION_FOLDERS = ("metrics", "hsi", "cubes", "photos", "scale", "figures")
-EVALUATION_FILES = ("summary.json", "table.md", "metrics.csv", "stress.md", "stress.json")
+EVALUATION_FILES = (
+    "summary.json",
+    "table.md",
+    "metrics.csv",
+    "stress.md",
+    "stress.json",
+    "report.html",
+)
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
 files, computing = partial(opt, group="files"), partial(opt, group="computing")
@@ -346,7 +353,7 @@ def evaluate(models: list[Loaded], args: Settings, ranks: Ranks) -> None:
 
 def evaluation_parts(folder: Path) -> list[Path]:
     """What is in a folder of what an evaluation leaves there."""
-    names = (*EVALUATION_FILES, "report.html", *EVALUATION_FOLDERS)
+    names = (*EVALUATION_FILES, *EVALUATION_FOLDERS)
     return [folder / name for name in names if (folder / name).exists()]
 
 
@@ -354,10 +361,12 @@ def check_room(folder: Path, overwrite: bool) -> None:
     """UserError where an evaluation may not be written: over another one, whose scenes would stay
     beside the new ones, or over what is none."""
     parts = evaluation_parts(folder)
-    evaluated = any(part.name in EVALUATION_FILES[:2] for part in parts)
-    if not evaluated and not list((folder / "metrics").glob("*_metrics.json")) and parts:
+    if not parts:
+        return
+    # Of a training run there is a summary.json too.
+    if not any([*folder.glob("metrics/*_metrics.json"), *folder.glob("table.md")]):
         raise UserError(f"--output {folder}: {parts[0]} is of no evaluation; give another folder")
-    if parts and not overwrite:
+    if not overwrite:
         raise UserError(
             f"--output {folder}: holds an evaluation; give --overwrite to replace it, or another "
             "folder"

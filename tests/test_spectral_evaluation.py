@@ -329,6 +329,16 @@ def test_an_evaluation_removes_nothing_that_none_wrote(tmp_path, scenes, more):
     assert own.read_text() == "mine"
 
 
+def test_an_evaluation_leaves_the_summary_of_a_training_run(tmp_path, scenes):
+    checkpoint, own = write_checkpoint(tmp_path / "m.ckpt"), tmp_path / "run" / "summary.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    argv = ("--evaluate", "--data_root", scenes, "--output", tmp_path / "run", "--overwrite")
+    with pytest.raises(common.UserError, match="summary.json is of no evaluation"):
+        run("--checkpoint", checkpoint, *argv)
+    assert own.read_text() == "{}"
+
+
 def test_a_scene_without_a_number_is_reported_as_the_worst(tmp_path, scenes, monkeypatch):
     real = inference.predict_scene
 
