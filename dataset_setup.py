@@ -45,6 +45,9 @@ GRID = ("patch_size", "stride", "patch_grid")
 SETTINGS: tuple[str, ...] = (*GRID, "dtype", "scale", "cube_key", "axes", "render_rgb")
 SETTINGS += ("rgb_encoding", "camera", "seed", "val_fraction", "split_seed")
 SETTINGS += ("chosen_bands", "no_data", "white", "dark", "fill", "clip")
+# Flags that --synthetic has no use for.
+OF_SOURCE: tuple[str, ...] = ("val_fraction", "rgb_encoding", "render_rgb", "chosen_bands", "clip")
+OF_SOURCE += ("scale", "white", "no_data", "fill")
 OLD_SETTINGS = {"rgb_encoding": "linear", "clip": False}
 SPARE_BYTES = 10_000_000  # for index and pictures
 
@@ -125,6 +128,8 @@ def collect_scenes(args: argparse.Namespace) -> list[Job]:
         splits = find_scenes(root)
     else:
         splits = {"train": find_folder_scenes(root, leave_out=references)}
+    if args.render_rgb == "all" and splits.pop("test", None):
+        terminal.say("--render-rgb all: test photos have no cube to render from, and are left out")
     listed = bool(args.arad_root) and (root / "split_txt" / "valid_list.txt").exists()
     if listed and args.val_fraction is not None:
         raise UserError(
@@ -359,8 +364,8 @@ def stage(args: argparse.Namespace) -> None:
     strange = set(root.glob("*/*.json")).difference(*records.values())
     if strange:
         raise UserError(
-            f"{min(strange)}: a scene that the source lacks; remove {root} or give another "
-            "--output-root"
+            f"{min(strange)}: a scene that the source lacks, or has in another split; remove "
+            f"{root} or give another --output-root"
         )
     if left:
         (root / "index.json").unlink(missing_ok=True)  # it speaks of files that will change
@@ -392,7 +397,7 @@ def inspect_scene(job: Job, settings: dict[str, Any]) -> str:
         shape = rgb.shape if cube is None else cube.shape
         row += f" {' x '.join(map(str, shape))}"
         if cube is not None:
-            row += f"  {np.nanmin(cube):.4g} to {np.nanmax(cube):.4g}"
+            row += f"  {np.fmin.reduce(cube, None):.4g} to {np.fmax.reduce(cube, None):.4g}"
             row += f"  zeros {np.mean(cube == 0):.3%}  NaN {np.isnan(cube).sum()}"
             row += "".join(f"  {line}" for line in remark_lines([{"name": "note", **record}]))
             check_cube(cube, scene.cube_path or scene.name, facts=facts)
@@ -500,13 +505,7 @@ def _check_range(args: argparse.Namespace, name: str, low: float, high: float = 
         raise UserError(f"{flag} {value}: give a number from {low:g} to {high:g}")
 
 
-def main(argv: list[str] | None = None) -> int | None:
-    parser = CliParser(description=__doc__)
-    _add_source_flags(parser)
-    _add_staging_flags(parser)
-    _add_value_flags(parser)
-    _add_photo_flags(parser)
-    args = parser.parse_args(argv)
+def _check_flags(args: argparse.Namespace, parser: CliParser) -> None:
     for name in ("patch_size", "stride", "workers"):
         _check_range(args, name, 1)
     for name in ("scale", "exposure"):
@@ -519,6 +518,23 @@ def main(argv: list[str] | None = None) -> int | None:
         raise UserError(f"--dark {args.dark}: give --white too")
     if args.white and args.scale != 1:
         raise UserError(f"--scale {args.scale:g}: --white makes counts reflectance; leave one out")
+    if args.exposure is not None and args.camera == SRGB:
+        what = f"--exposure {args.exposure}: photos of --camera {SRGB} are exposed by themselves"
+        raise UserError(f"{what}; leave it out")
+    for name in OF_SOURCE if args.synthetic is not None else ():
+        if getattr(args, name) != parser.get_default(name):
+            flag = "--" + name.removeprefix("chosen_").replace("_", "-")
+            raise UserError(f"{flag}: is for staging; give it with --arad-root, not --synthetic")
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    parser = CliParser(description=__doc__)
+    _add_source_flags(parser)
+    _add_staging_flags(parser)
+    _add_value_flags(parser)
+    _add_photo_flags(parser)
+    args = parser.parse_args(argv)
+    _check_flags(args, parser)
     synthetic = args.synthetic is not None
     if args.verify_only and not synthetic:
         return verify(args)

@@ -475,14 +475,15 @@ def _mixed_patches(scenes: Scenes, config: DataConfig) -> PatchDataset | None:
         mixed = PatchDataset(_training_scenes(other), other)
     except UserError as error:
         raise UserError(str(error).replace("--data_root", "--mix_root")) from None
-    for what, mine, theirs in (
-        ("bands", scenes.wavelengths, mixed.scenes.wavelengths),
-        ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2]),
-        ("type of cubes", scenes.dtype, mixed.scenes.dtype),
+    for what, mine, theirs, remedy in (
+        ("bands", scenes.wavelengths, mixed.scenes.wavelengths, "stage the same of both"),
+        ("RGB type and encoding", scenes.rgb[:2], mixed.scenes.rgb[:2], "take photos of one kind"),
+        ("type of cubes", scenes.dtype, mixed.scenes.dtype, "give --memory_mode float16"),
     ):
         if mine != theirs:
             raise UserError(
-                f"--mix_root {config.mix_root}: differs from {config.data_root} in its {what}"
+                f"--mix_root {config.mix_root}: differs from {config.data_root} in its {what}; "
+                f"{remedy}"
             )
     return mixed
 

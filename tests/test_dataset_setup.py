@@ -256,6 +256,12 @@ def break_range(raw):
     return "a.mat.*--scale"
 
 
+def break_all_values(raw):
+    with h5py.File(raw / "Train_Spec" / "c.mat", "r+") as file:
+        file["cube"][...] = np.nan
+    return "c.mat.*NaN"
+
+
 DEFECTS = [
     break_nothing_there,
     break_jpeg,
@@ -263,6 +269,7 @@ DEFECTS = [
     break_size,
     break_mat,
     break_values,
+    break_all_values,
     break_range,
 ]
 
@@ -279,6 +286,7 @@ def test_a_defect_is_one_line_that_names_the_file_and_leaves_no_half_scene(raw, 
     assert complete <= {f"train/{n}" for n in "abc"} | {"val/v"}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("defect", DEFECTS[1:])
 def test_verify_only_prints_the_problem_in_a_table_writes_nothing_and_returns_1(
     raw, defect, capsys
@@ -308,6 +316,7 @@ def test_verify_only_returns_0_when_all_is_well(raw, capsys):
         (("--size", "12y"), "--size"),
         (("--dtype", "int8"), "--dtype"),
         (("--val-fraction", "1.5"), "--val-fraction"),
+        (("--exposure", "2", "--camera", "srgb"), "--exposure 2.0"),
         (("--nonsense",), "nonsense"),
     ],
 )
@@ -402,6 +411,21 @@ def test_render_rgb_all_replaces_the_images_and_missing_only_adds(raw, tmp_path)
     assert np.array_equal(*given)
     sums = [[e["rgb_sha256"] for e in index["splits"]["train"]] for index in (missing, everything)]
     assert [x == y for x, y in zip(*sums, strict=True)] == [False, True, False]
+
+
+def test_test_photos_cannot_be_rendered_and_are_left_out(synthetic, tmp_path, capsys):
+    """They keep the camera that they have, which is not that of the others."""
+    assert len(stage(synthetic, tmp_path / "a")["splits"]["test"]) == 2
+    capsys.readouterr()
+    index = stage(synthetic, tmp_path / "b", "--render-rgb", "all", "--camera", "srgb")
+    assert index["splits"]["test"] == [] and "test photos have no cube" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [("--val-fraction", "0.5"), ("--clip",), ("--bands", "1-9")])
+def test_flags_of_staging_are_refused_where_scenes_are_made(tmp_path, flag):
+    with pytest.raises(UserError, match=f"^{flag[0]}: is for staging"):
+        run_setup("--synthetic", 2, "--output-root", tmp_path / "raw", *flag)
+    assert not (tmp_path / "raw").exists()
 
 
 def test_key_and_axes_are_used_and_wavelengths_asked_for(tmp_path):
