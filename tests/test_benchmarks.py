@@ -180,6 +180,33 @@ def test_all_benchmarks_are_part_of_make_bench():
             assert f'"{flag}"' in text, f"{script} {flag}"
 
 
+GOOD_PART = """
+import pathlib, sys
+pathlib.Path(sys.argv[-1]).write_text('{"figure": 1}')
+with open(__file__ + ".runs", "a") as file:
+    file.write("x")
+print("a table")
+"""
+
+
+def test_all_benchmarks_stop_at_a_part_without_figures_and_go_on_from_it(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    for name, text in (("good.py", GOOD_PART), ("bad.py", "raise SystemExit(1)")):
+        (tmp_path / "benchmarks" / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(bench_all, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_all, "parts", lambda args: {"a": ["good.py"], "b": ["bad.py"]})
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", "--mst-root", "x", "--data_root", "y"])
+    for _ in range(2):
+        with pytest.raises(race.UserError, match="^bad.py: ended with exit code 1"):
+            bench_all.main()
+    (tmp_path / "benchmarks" / "bad.py").write_text(GOOD_PART, encoding="utf-8")
+    bench_all.main()
+    assert (tmp_path / "benchmarks" / "good.py.runs").read_text() == "x"
+    (record,) = (tmp_path / "benchmarks" / "results").glob("*.json")
+    assert json.loads(record.read_text()) == {"a": {"figure": 1}, "b": {"figure": 1}}
+    assert record.with_suffix(".md").read_text().count("a table") == 2
+
+
 @pytest.mark.parametrize(
     "text, rate",
     [
