@@ -309,8 +309,8 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             reserve(file, cube.nbytes)
             file.unlink(missing_ok=True)
         if kind == "npy":
-            if isinstance(cube, np.memmap) and cube.filename is not None:
-                os.replace(cube.filename, file)
+            if (own := _own_file(cube)) is not None:
+                os.replace(own, file)
             else:
                 np.save(file, cube)
         elif kind == "npz":
@@ -324,6 +324,13 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
             os.replace(written, path.parent / written.name)
+
+
+def _own_file(cube: np.ndarray) -> str | None:
+    """The .npy file that a mapped array is all of; a part of an array has its file's name too."""
+    if not isinstance(cube, np.memmap) or cube.filename is None:
+        return None
+    return cube.filename if np.load(cube.filename, mmap_mode="r").shape == cube.shape else None
 
 
 class StoredCube(NamedTuple):

@@ -104,15 +104,16 @@ class Loaded:
 
 
 def load_model(
-    spec: str | None = None, device: torch.device | None = None, options: LoadOptions | None = None
+    spec: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    options: LoadOptions | None = None,
 ) -> Loaded:
     """Read CHECKPOINT or NAME=CHECKPOINT, by default the weights that ship, for sRGB photos; a
     pickle that would run code is refused.
 
     UserError where the file is none, does not say what it is, or does not fit."""
-    options, device = options or LoadOptions(), device or torch.device("cpu")
-    spec = spec or str(SHIPPED_WEIGHTS)
-    name, path = _split_name(spec)
+    options, device = options or LoadOptions(), torch.device(device)
+    name, path = _split_name(str(spec or SHIPPED_WEIGHTS))
     checkpoint = read_checkpoint(path)
     weights = "ema" if options.ema and checkpoint["ema"] else "raw"
     state = checkpoint["ema" if weights == "ema" else "state_dict"]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from common_utils_v32 import UserError
-from cube_files import allocate_array, release
+from cube_files import allocate_array, extra, release
 from file_claims import open_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".rgb.npy")
@@ -18,7 +18,8 @@ RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", 
 # Photos and films that are in folders of them, and are not read.
 NOT_READ = (*RAW_SUFFIXES, ".heic", ".heif", ".avif", ".gif", ".mp4", ".mov", ".avi", ".mkv")
 STRIP = 1024  # rows that are converted at a time
-EXIF_ORIENTATION, EXIF_MAKER, TIFF_DNG_VERSION = 274, 271, 50706
+EXIF_ORIENTATION, EXIF_MAKER = 274, 271
+TIFF_BITS, TIFF_DNG_VERSION, TIFF_RGB = 258, 50706, 2
 TWELVE_BITS, SIXTEEN_BITS = 4095, 65535
 Profile = ImageCms.ImageCmsProfile
 
@@ -36,8 +37,10 @@ def read_photo(path: Path, work: Path) -> Photo:
     refuse_unreadable(path)
     if path.suffix == ".npy":
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        kinds = (np.uint8, np.uint16)
-        if stored.dtype not in kinds or stored.ndim != 3 or stored.shape[2] != 3:
+        if stored.dtype == ">u2":
+            stored = stored.astype(np.uint16)
+        known = stored.dtype in (np.uint8, np.uint16) and stored.size > 0
+        if not known or stored.ndim != 3 or stored.shape[2] != 3:
             raise UserError(
                 f"expected (H, W, 3) uint8 or uint16, found {stored.shape} {stored.dtype}"
             )
@@ -45,17 +48,22 @@ def read_photo(path: Path, work: Path) -> Photo:
     with open_image(path) as image:
         # Of 16-bit RGB Pillow gives the high bytes: only the stored tiles tell, and they are gone
         # once its EXIF is asked for, which may load the pixels.
-        deep = image.mode.startswith("I") or ";16" in str(image.tile)
+        tags = getattr(image, "tag_v2", {})
+        tiles = str(image.tile)
+        deep = image.mode.startswith("I") or ";16B" in tiles or ";16L" in tiles
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")
-        if TIFF_DNG_VERSION in getattr(image, "tag_v2", ()):
+        if TIFF_DNG_VERSION in tags:
             raise UserError(f"{path}: {_RAW_ADVICE}")
         remarks, ordinary = _remarks(image), _looks_ordinary(image)
         foreign = _profile(image)
-        rgb = _deep_pixels(path) if deep else None
-        if rgb is None:
+        if deep:
+            rgb = _deep_pixels(path)
+        elif deep := max(tags.get(TIFF_BITS, (8,))) > 8:
+            rgb = _deep_tiff(path, image.getexif().get(EXIF_ORIENTATION, 1))
+        else:
             rgb = _shallow_pixels(image, foreign, work, remarks)
-        elif foreign is not None:
+        if deep and foreign is not None:
             remarks.append(f"colour profile {_name_of(foreign)} left as it is, at 16 bits")
     if rgb.dtype == np.uint16 and 255 < rgb.max() <= TWELVE_BITS:
         remarks.append("taken as 12 bits: no value is above 4095")
@@ -96,8 +104,8 @@ def _shallow_pixels(
     return rgb
 
 
-def _deep_pixels(path: Path) -> np.ndarray | None:
-    """(H, W, 3) uint16, upright; None where the file's coding gives its high bytes alone."""
+def _deep_pixels(path: Path) -> np.ndarray:
+    """(H, W, 3) uint16, upright."""
     with open_image(path) as image:
         if image.mode.startswith("I"):
             grey = np.asarray(ImageOps.exif_transpose(image))
@@ -109,8 +117,6 @@ def _deep_pixels(path: Path) -> np.ndarray | None:
         tiles = []
         for tile in image.tile:
             mode = str(tile.args if isinstance(tile.args, str) else tile.args[0])
-            if not mode.endswith((";16B", ";16L")):
-                return None
             # The other byte order reads the other byte of each value.
             swapped = mode[:-1] + ("L" if mode.endswith("B") else "B")
             args = swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])
@@ -118,6 +124,25 @@ def _deep_pixels(path: Path) -> np.ndarray | None:
         image.tile = tiles
         low = np.asarray(ImageOps.exif_transpose(image.convert("RGB")))
     return high.astype(np.uint16) << 8 | low
+
+
+def _deep_tiff(path: Path, orientation: int) -> np.ndarray:
+    """(H, W, 3) uint16, upright, of a TIFF that Pillow cuts to 8 bits, or reads wrongly."""
+    try:
+        with extra("tifffile").TiffFile(path) as file:
+            page = file.pages[0]
+            pixels, axes, colours = page.asarray(), page.axes, page.photometric
+    except (ValueError, KeyError) as error:  # packages that unpack it are missing, or it is damaged
+        raise UserError(f"{error}; save it as PNG, or as a TIFF without compression") from None
+    if axes == "SYX":
+        pixels, axes = pixels.transpose(1, 2, 0), "YXS"
+    if axes != "YXS" or colours != TIFF_RGB or pixels.dtype != np.uint16:
+        raise UserError(f"{axes} {pixels.dtype} pixels; save it as RGB of 8 or 16 bits a channel")
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels[::rows, ::columns, :3]
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -152,8 +177,11 @@ def _remarks(image: ImageFile.ImageFile) -> list[str]:
     remarks = []
     if _is_turned(image):
         remarks.append("turned as its EXIF says")
-    if "A" in image.mode or "transparency" in image.info:
+    if image.mode.endswith("A") or "transparency" in image.info:
         remarks.append("alpha dropped")
-    if image.mode.startswith(("I", "1", "L")):
+    if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         remarks.append("grey repeated into R, G and B")
+    images = getattr(image, "n_frames", 1)
+    if images > 1 and image.format in ("TIFF", "WEBP"):  # JPEGs of phones hold other things
+        remarks.append(f"the first of {images} images")
     return remarks

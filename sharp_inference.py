@@ -168,14 +168,21 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     """A photo's cube (bands, H, W) float32 and its wavelengths in nm.
 
     rgb: (H, W, 3) uint8 or uint16 as a file holds it, in the encoding of the model's training
-    (`model.encoding`). ValueError for any other array."""
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}")
+    (`model.encoding`). ValueError for any other array. What a model says of its uncertainty is left
+    out."""
+    rgb = np.asarray(rgb)
+    if rgb.dtype == ">u2":
+        rgb = rgb.astype(np.uint16)
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size or rgb.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}; round 255 or "
+            "65535 times what is from 0 to 1"
+        )
     size = (rgb.shape[0], rgb.shape[1])
     source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
     options, allocate = PredictionOptions(), prediction.in_memory(size)
     cube, _ = predict(model, source, size, options, allocate, channels=model.bands)
-    return cube, model.wavelengths
+    return cube, list(model.wavelengths)
 
 
 def find_inputs(patterns: list[str]) -> list[Path]:
@@ -217,9 +224,10 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
 
 def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
     """One image to one cube file, and the line that says what was done."""
-    written = [target, target.with_suffix(".img")] if kind == "envi" else [target]
-    for file in written:
-        if file.exists() and not args.overwrite:
+    scale = target.with_name(f"{target.stem}_scale{target.suffix}")
+    for file in (target, scale, target.with_suffix(".img"), scale.with_suffix(".img")):
+        of_this = file.suffix == target.suffix or kind == "envi"
+        if of_this and file.exists() and not args.overwrite:
             raise UserError(f"{file}: exists; give --overwrite to replace it")
     start = time.perf_counter()
     page: list[str] = []
@@ -235,29 +243,32 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
             )
         source, low, high = photo_source(rgb, model.rgb_norm, model.encoding)
         height, width = rgb.shape[:2]
-        copies = 1 if kind == "npy" else 2  # other files are written from a mapped .npy
+
+        def allocate(channels: int) -> np.ndarray:
+            # Other files, and parts of it, are written from a mapped .npy.
+            copies = 1 if kind == "npy" and channels == model.bands else 2
+            return allocate_array((channels, height, width), np.float32, work, copies)
 
         def predicted() -> tuple[np.ndarray, int]:
             with progress(height * width, path.name) as bar:
-                return predict(
-                    model,
-                    source,
-                    (height, width),
-                    args,
-                    lambda bands: allocate_array((bands, height, width), np.float32, work, copies),
-                    channels=model.bands,
-                    tick=bar.update,
-                )
+                size = (height, width)
+                return predict(model, source, size, args, allocate, tick=bar.update)
 
-        cube, patch = predicted()
+        values, patch = predicted()
+        cube = values[: model.bands]
         write_cube(target, cube, model.wavelengths, kind)
+        if len(values) > model.bands:  # a model with --estimate_uncertainty
+            write_cube(scale, values[model.bands :], model.wavelengths, kind)
+            remarks.append(f"its uncertainty, a Laplace scale: {scale}")
         if args.preview:
             page = [f"look at {write_pictures(target, rgb, cube, model, args)}"]
         if args.check_rgb:
             light = source(0, height, 0, width).permute(1, 2, 0).numpy()
             name = target.with_name(f"{target.stem}_round_trip.png")
             picture = name if args.preview else None
-            remarks.append(check_rgb(model, light, cube, lambda: predicted()[0], picture))
+            remarks.append(
+                check_rgb(model, light, cube, lambda: predicted()[0][: model.bands], picture)
+            )
     if min(height, width) < prediction.MIN_SIDE:
         remarks.append(f"mirrored up to {prediction.MIN_SIDE} px")
     seconds = time.perf_counter() - start

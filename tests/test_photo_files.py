@@ -112,6 +112,39 @@ def test_values_of_16_bits_keep_all_of_them(tmp_path, kind):
     assert rgb.dtype == np.uint16 and np.array_equal(rgb, pixels) and remarks == []
 
 
+@pytest.mark.parametrize("turned", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("planes, packing", [("separate", None), ("contig", "zlib")])
+def test_a_tiff_of_16_bits_that_pillow_would_cut_or_misread_is_read_whole(
+    tmp_path, planes, packing, turned
+):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, 65536, RGB_SHAPE).astype(np.uint16)
+    stored = pixels.transpose(2, 0, 1) if planes == "separate" else pixels
+    how = {"photometric": "rgb", "planarconfig": planes, "compression": packing}
+    tag = (274, 3, 1, turned, True)
+    tifffile.imwrite(tmp_path / "a.tif", stored, extratags=[tag], **how)
+    upright = {5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1), 8: np.rot90(pixels)}
+    upright |= {1: pixels, 7: np.rot90(pixels, -1)[::-1]}
+    rgb = read_photo(tmp_path / "a.tif", tmp_path).rgb
+    assert np.array_equal(rgb, upright[turned])
+
+
+def test_a_tiff_of_inks_is_not_taken_for_rgb(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    inks = np.zeros((9, 12, 4), np.uint16)
+    how = {"photometric": "separated", "compression": "zlib"}
+    tifffile.imwrite(tmp_path / "a.tif", inks, **how)
+    with pytest.raises((UserError, OSError)):
+        read_photo(tmp_path / "a.tif", tmp_path)
+
+
+def test_a_file_of_many_images_says_that_the_first_is_taken(tmp_path):
+    frames = [Image.new("L", (12, 9), shade) for shade in (0, 100, 200)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    remarks = read_photo(tmp_path / "a.tif", tmp_path).remarks
+    assert remarks == ["grey repeated into R, G and B", "the first of 3 images"]
+
+
 def test_12_bits_in_a_16_bit_file_reach_from_black_to_white(tmp_path):
     pixels = np.linspace(0, 4095, 9 * 12 * 3).reshape(RGB_SHAPE).astype(np.uint16)
     write_deep_png(tmp_path / "a.png", pixels)

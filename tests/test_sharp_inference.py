@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 import common_utils_v32 as common
+import cube_files
 import sharp_inference as inference
 from camera_colour import cube_to_srgb, linear_light
 from cube_files import read_cube
@@ -542,8 +543,44 @@ def test_a_photo_alone_takes_the_weights_that_ship(tmp_path, monkeypatch, capsys
     np.testing.assert_allclose(cube, np.load(tmp_path / "a.npy"), atol=1e-6)
     deep, _ = predict_image(load_model(), stored.astype(np.uint16) * 257)
     np.testing.assert_allclose(deep, cube, atol=1e-4)
-    with pytest.raises(ValueError, match="must be .H, W, 3. uint8 or uint16"):
-        predict_image(load_model(), stored.astype(np.float32))
+    for wrong in (stored.astype(np.float32), stored[:0], "photo.jpg"):
+        with pytest.raises(ValueError, match="must be .H, W, 3. uint8 or uint16"):
+            predict_image(load_model(), wrong)
+
+
+def test_the_python_interface_takes_what_a_caller_has(checkpoint, tmp_path):
+    pixels = photo(tmp_path / "a.png")
+    model = load_model(checkpoint, "cpu")  # a path, and a device by name
+    cube, nm = inference.predict_image(model, Image.open(tmp_path / "a.png"))
+    np.testing.assert_allclose(cube, expected(pixels), atol=1e-5)
+    nm[0] = 0.0
+    assert inference.predict_image(model, pixels)[1][0] == 405.0  # the model's own stay
+    deep = pixels.astype(">u2") * 257
+    np.testing.assert_allclose(inference.predict_image(model, deep)[0], cube, atol=1e-4)
+    np.save(tmp_path / "deep.rgb.npy", deep)
+    write_cube_of(checkpoint, tmp_path / "deep.rgb.npy", tmp_path / "b.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "b.npy"), cube, atol=1e-4)
+
+
+@pytest.mark.parametrize("mapped", [0, 1 << 40])
+def test_a_model_that_knows_its_uncertainty_writes_it_beside_the_cube(
+    tmp_path, monkeypatch, capsys, mapped
+):
+    monkeypatch.setattr(cube_files, "MAPPED_BYTES", mapped)
+    checkpoint = write_checkpoint(tmp_path / "m.ckpt", estimate_uncertainty=True)
+    pixels = photo(tmp_path / "a.png")
+    for name in ("a.npy", "a.npz"):
+        write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out" / name, "--preview")
+    assert "uncertainty, a Laplace scale: " in capsys.readouterr().out
+    for cube, scale in (
+        (np.load(tmp_path / "out/a.npy"), np.load(tmp_path / "out/a_scale.npy")),
+        [np.load(tmp_path / "out" / name)["cube"] for name in ("a.npz", "a_scale.npz")],
+    ):
+        np.testing.assert_allclose(cube, expected(pixels), atol=1e-5)
+        np.testing.assert_allclose(scale, np.full((31, 72, 90), 0.1), atol=1e-5)
+    (tmp_path / "out/a.npy").unlink()
+    with pytest.raises(common.UserError, match="a_scale.npy: exists; give --overwrite"):
+        write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out/a.npy")
 
 
 @pytest.mark.parametrize("kind", ["hsifusion", "sharp"])
