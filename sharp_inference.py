@@ -73,6 +73,7 @@ EVALUATION_FILES = (
     "stress.json",
     "report.html",
 )
+OTHER_LIGHT = "so it is sRGB, and this checkpoint was trained on linear light; use one that was trained on sRGB"
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
 files, computing = partial(opt, group="files"), partial(opt, group="computing")
@@ -96,7 +97,7 @@ class FileOptions:
     preview: bool = files(False, "write pictures and a page of clickable spectra beside each cube")
     check_rgb: bool = files(False, "render each cube back to a photo and say how they differ")
     points: list[str] = files([], "pixels X,Y whose spectra the preview shows")
-    overwrite: bool = files(False, "replace existing cubes")
+    overwrite: bool = files(False, "replace cubes, an evaluation, an export that are there")
 
 
 @dataclass
@@ -222,13 +223,17 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
     return [output / name for name in names], kind
 
 
+def check_absent(target: Path, kind: str) -> None:
+    for file in (target, target.with_suffix(".img")) if kind == "envi" else (target,):
+        if file.exists():
+            raise UserError(f"{file}: exists; give --overwrite to replace it")
+
+
 def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
     """One image to one cube file, and the line that says what was done."""
     scale = target.with_name(f"{target.stem}_scale{target.suffix}")
-    for file in (target, scale, target.with_suffix(".img"), scale.with_suffix(".img")):
-        of_this = file.suffix == target.suffix or kind == "envi"
-        if of_this and file.exists() and not args.overwrite:
-            raise UserError(f"{file}: exists; give --overwrite to replace it")
+    for file in () if args.overwrite else (target, scale):
+        check_absent(file, kind)
     start = time.perf_counter()
     page: list[str] = []
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,10 +242,7 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         work = Path(folder)
         rgb, remarks, ordinary = read_photo(path, work)
         if ordinary and model.encoding == "linear":
-            remarks.append(
-                f"WARNING: {ordinary}, so it is sRGB, and this checkpoint was trained on linear "
-                "light; use one that was trained on sRGB"
-            )
+            remarks.append(f"WARNING: {ordinary}, {OTHER_LIGHT}")
         source, low, high = photo_source(rgb, model.rgb_norm, model.encoding)
         height, width = rgb.shape[:2]
 
@@ -556,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.input:
         run_images(models[0], args, ranks)
     if args.export and ranks.is_main:
-        export(models[0], Path(args.export), args.patch_size)
+        export(models[0], Path(args.export), args.patch_size, args.overwrite)
     ranks.leave()
 
 

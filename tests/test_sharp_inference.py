@@ -19,6 +19,7 @@ from PIL import Image
 
 import common_utils_v32 as common
 import cube_files
+import model_export
 import sharp_inference as inference
 from camera_colour import cube_to_srgb, linear_light
 from cube_files import read_cube
@@ -485,6 +486,41 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint, capfd
         and facts["onnx_difference"] < 1e-4
     )
     assert "405" in (tmp_path / "art/README.md").read_text()
+    assert {p.name for p in (tmp_path / "art").iterdir()} == set(model_export.FILES)
+    with pytest.raises(common.UserError, match="model.safetensors exists; give --overwrite"):
+        run("--checkpoint", checkpoint, "--export", tmp_path / "art")
+    with pytest.raises(common.UserError, match="--export .*a.png: a file; give a folder"):
+        run("--checkpoint", checkpoint, "--export", tmp_path / "a.png")
+
+
+def test_an_export_keeps_what_others_wrote(tmp_path, checkpoint):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(common.UserError, match="README.md exists"):
+        run("--checkpoint", checkpoint, "--export", tmp_path, "--patch_size", 64)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("encoding, norm", [("srgb", "unit"), ("linear", "per_image")])
+def test_the_recipe_of_an_exports_card_gives_the_cube(tmp_path, monkeypatch, encoding, norm):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    state = common.read_checkpoint(
+        write_checkpoint(tmp_path / "m.ckpt", norm, estimate_uncertainty=True)
+    )
+    state["data"]["rgb_encoding"] = encoding
+    common.save_checkpoint(tmp_path / "m.ckpt", state)
+    run("--checkpoint", tmp_path / "m.ckpt", "--export", tmp_path / "art", "--patch_size", 64)
+    Image.fromarray(photo(tmp_path / "a.png", (50, 70))).save(tmp_path / "art" / "photo.jpg")
+    pixels = np.asarray(Image.open(tmp_path / "art" / "photo.jpg"))
+    card = (tmp_path / "art" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "art")
+    found: dict = {}
+    exec(card.split("```python")[1].split("```")[0], found)
+    cube, _ = inference.predict_image(load_model(tmp_path / "m.ckpt"), pixels)
+    inner = np.s_[:, :48, :68]  # beside what is added, which the network sees mirrored or as 0
+    np.testing.assert_allclose(found["cube"][inner], cube[inner], atol=1e-4)
+    scale = found["session"].run(["scale"], {"rgb": found["rgb"].astype(np.float32)})[0]
+    np.testing.assert_allclose(scale, np.full_like(scale, 0.1))
 
 
 SMALL = {
