@@ -128,6 +128,14 @@ def _flag_kind(hint: Any, choices: Choices) -> dict[str, Any]:
     return {"type": finite if hint is float else hint, "choices": choices}
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 up: the type of a flag."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
+    return value
+
+
 def finite(text: str) -> float:
     """The type of flags that are numbers: no check of a range would find NaN outside."""
     value = float(text)
@@ -215,6 +223,17 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{path}: the disk is full; make room, run the same again") from None
         raise
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder, and see that it can be written to; UserError that names the flag."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{flag} {folder}: cannot be written ({reason}); give another") from None
 
 
 def temporary_prefix(name: str) -> str:

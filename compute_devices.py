@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import math
 import os
 import shutil
@@ -103,7 +104,10 @@ def distribute(model: nn.Module, device: torch.device) -> DistributedDataParalle
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    new = "forward_sync_buffers"  # of torch 2.13, which warns of the old name
+    never: dict[str, Any] = {new if new in names else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=device_ids, **never)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

@@ -73,7 +73,10 @@ EVALUATION_FILES = (
     "stress.json",
     "report.html",
 )
-OTHER_LIGHT = "so it is sRGB, and this checkpoint was trained on linear light; use one that was trained on sRGB"
+OTHER_LIGHT = (
+    "so it is sRGB, and this checkpoint was trained on linear light; use one that was trained on "
+    "sRGB"
+)
 MEAN_SIGNAL = 0.18  # of full scale, where a photo's exposure left no trace
 
 files, computing = partial(opt, group="files"), partial(opt, group="computing")
@@ -321,6 +324,7 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
     inputs = find_inputs(args.input)
     targets, kind = output_paths(inputs, Path(args.output or "."), args.format)
     for folder in {target.parent for target in targets}:
+        common.make_folder(folder, "--output")
         common.remove_leftovers(folder)
     first: dict[Path, Path] = {}  # the first input that gives a target
     for path, target in zip(inputs, targets, strict=True):

@@ -152,11 +152,9 @@ class Run(RunState):
         start, done = time.monotonic(), False
         with self.bar:
             while self.epoch < self.cfg.epochs:
-                done = self.train_epoch() and self.validate()
+                done = self.train_epoch() and self.validate() and self.end_epoch()
                 if not done:
                     break
-                self.epoch, self.iteration = self.epoch + 1, 0
-                self.save("last.ckpt")
         return self.finish(done, time.monotonic() - start)
 
     def train_epoch(self) -> bool:

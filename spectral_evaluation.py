@@ -131,7 +131,7 @@ def centre_crop(x: Tensor, border: int = BORDER) -> Tensor:
     if border < 0 or 2 * rows >= height or 2 * columns >= width:
         raise UserError(
             f"a crop border of {border} px of a frame of {height} x {width}: give one from 0 to "
-            "what leaves pixels"
+            f"{(min(height, width) - 1) // 2}"
         )
     return x[..., rows : height - rows, columns : width - columns]
 

@@ -18,6 +18,7 @@
 # is; another run needs another --experiment_name. All starts of a job append to one log.
 
 set -euo pipefail
+: "${SLURM_JOB_ID:?submit this with sbatch}"
 
 # The site: change these here, or set them where you call sbatch.
 : "${PYTHON:=.venv/bin/python}"                            # the one that `make` sets up
@@ -58,7 +59,8 @@ if [[ -n $SITE_SETUP ]]; then
   # shellcheck source=/dev/null
   source "$SITE_SETUP"
 fi
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+mapfile -t nodes <<<"$hosts"
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on ${nodes[*]}"
 
 # A launcher kills trainers that have not saved 110 s after the signal; --wait gives other nodes as long when one has

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_files import load_weights, read_checkpoint, save_checkpoint, without_wrappers
-from common_utils_v32 import UserError, remove_leftovers, to_json, write_text
+from common_utils_v32 import UserError, make_folder, remove_leftovers, to_json, write_text
 from compute_devices import Ranks, first_output
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # the checkpoint to go on from, the one before it
+# The checkpoint to go on from, the one before it, that of the best validation.
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +45,29 @@ class RunFolder:
 
     def resume(self, resume_from: str | None) -> tuple[Path, dict] | tuple[None, None]:
         """The checkpoint to go on from, and its state: a path as given; `auto` for last.ckpt, the
-        one before where that is damaged, or none where neither is there; None for a new run.
-        UserError where a new run would write over an old one."""
-        last, previous = self.checkpoints / LAST, self.checkpoints / PREVIOUS
+        one before where that is damaged, the best where both are gone, or none where none is there;
+        None for a new run. UserError where a run would write over another one."""
         if resume_from:
             remove_leftovers(self.checkpoints)
             remove_leftovers(self.logs)
         if resume_from == "auto":
-            return self._newest(last, previous)
-        if resume_from:
-            return Path(resume_from), read_checkpoint(resume_from)
-        for sign in (last, previous, self.logs / "config.json"):
+            return self._newest()
+        path = Path(resume_from) if resume_from else None
+        state = read_checkpoint(path) if path else None
+        signs = [self.checkpoints / name for name in (LAST, PREVIOUS, BEST)]
+        signs.append(self.logs / "config.json")
+        of_this_run = path and path.resolve().parent == self.checkpoints.resolve()
+        for sign in () if of_this_run else signs:
             if sign.exists():
                 raise UserError(
                     f"{sign.parent} holds a run: give --resume_from auto to go on, or another "
                     "--experiment_name"
                 )
-        return None, None
+        return (path, state) if path and state else (None, None)
 
-    def _newest(self, last: Path, previous: Path) -> tuple[Path, dict] | tuple[None, None]:
-        """The newer of two checkpoints that is not damaged; a damaged one is moved away."""
+    def _newest(self) -> tuple[Path, dict] | tuple[None, None]:
+        """The newest checkpoint that is not damaged; a damaged one is moved away."""
+        last, previous = self.checkpoints / LAST, self.checkpoints / PREVIOUS
         if last.exists():
             try:
                 return last, read_checkpoint(last)
@@ -74,7 +78,20 @@ class RunFolder:
                 print(f"{error}; kept as {damaged}, going on from {previous}", file=sys.stderr)
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
                     os.replace(last, damaged)
-        return (previous, read_checkpoint(previous)) if previous.exists() else (None, None)
+        for path in (previous, self.checkpoints / BEST):
+            if path.exists():
+                return path, read_checkpoint(path)
+        if (self.logs / "summary.json").exists():
+            raise UserError(
+                f"{self.logs} holds a run that ended, {self.checkpoints} no checkpoint of it; set "
+                "HSI_CKPT_DIR as it was, or give another --experiment_name"
+            )
+        return None, None
+
+    def make(self) -> None:
+        """UserError where one of them cannot be written."""
+        for folder, variable in ((self.logs, "HSI_LOG_DIR"), (self.checkpoints, "HSI_CKPT_DIR")):
+            make_folder(folder, variable if os.environ.get(variable) else "--output_dir")
 
     def save(self, name: str, state: dict) -> None:
         """Write a checkpoint; the last.ckpt before it is kept as previous.ckpt."""
@@ -87,7 +104,7 @@ MEASURE = ("metric_floor", "val_crop_border")  # settings that a reported value 
 NO_MATTER = (
     *("output_dir", "experiment_name", "resume_from", "init_from", "log_interval", "save_minutes"),
     *("device", "threads", "num_workers", "verify", "wandb", "use_amp", "amp_dtype"),
-    *("compile_model", "val_interval", "data_root"),
+    *("compile_model", "val_interval", "data_root", "batch_size"),
 )
 SCALE = "head.scale."  # what a model has with --estimate_uncertainty alone
 # What of a model may depend on the number of bands.
@@ -186,6 +203,15 @@ def other_settings(old: dict, cfg: Any) -> str:
     return text
 
 
+def other_batch(state: dict, cfg: Any) -> str:
+    """Whether all ranks together take other batches than a checkpoint's run did, in words."""
+    old_ranks, old_size = len(state["rng"]), state["settings"]["batch_size"]
+    if old_ranks * old_size == cfg.world_size * cfg.batch_size:
+        return ""
+    now = f"{cfg.world_size} x --batch_size {cfg.batch_size}"
+    return f"; ranks x patches of a batch are {now}, they were {old_ranks} x {old_size}"
+
+
 def keeps_best(state: dict, cfg: Any, facts: dict, folder: RunFolder) -> bool:
     """Whether the best value of a resumed run is of the same scenes, measure and folder."""
     old, digest = state["settings"], state["data"].get("val_scenes")
@@ -193,7 +219,7 @@ def keeps_best(state: dict, cfg: Any, facts: dict, folder: RunFolder) -> bool:
     if digest is None:  # an older run's
         same = all(old[key] == getattr(cfg, key) for key in ("data_root", "val_split"))
     same = same and all(old[key] == getattr(cfg, key) for key in MEASURE)
-    return same and (folder.checkpoints / "best.ckpt").exists()
+    return same and (folder.checkpoints / BEST).exists()
 
 
 class SoundState:
@@ -312,9 +338,11 @@ def _start_wandb(project: str, folder: Path, settings: dict) -> Any:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that ask a run to stop; Windows has no SIGUSR1."""
-    names = ("SIGTERM", "SIGINT", "SIGUSR1")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+    """The signals that ask a run to stop: of a terminal that closes too, unless `nohup` ignores it.
+    Windows has two of them."""
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_process_group(worker: int) -> None:

@@ -27,14 +27,16 @@ from compute_devices import Ranks
 from evaluation_report import write_run_figure
 from frame_prediction import predict_frame
 from optimized_dataloader import MSTPlusPlusLoss, create_optimized_dataloaders
-from spectral_evaluation import scene_figure, scene_metrics, validation_record
+from spectral_evaluation import centre_crop, scene_figure, scene_metrics, validation_record
 from training_runs import RunFolder
 
 # How far a run is: attributes that a checkpoint keeps.
 PROGRESS = ("epoch", "iteration", "step", "validated", "best", "best_metrics", "metrics")
 FIT_PIXELS = 2**18  # that the linear path is fitted on
 WARMUP_EPOCHS, WARMUP_SHARE = 5.0, 0.05  # at most; of the run
-AGREE_EVERY = 10  # steps between two looks at what other ranks were asked
+AGREE_EVERY = 10  # steps between two looks at what other ranks were asked, but for slow ones
+SLOW_STEP = 0.5  # seconds
+LARGEST_SEED = 2**62
 
 
 def default_lr(size: str) -> float:
@@ -57,6 +59,14 @@ def complete_settings(cfg: Any, name: str) -> None:
             raise ValueError(f"--{field} {getattr(cfg, field)}: must be 0 or above")
     if not 0 <= cfg.ema_decay < 1:
         raise ValueError(f"--ema_decay {cfg.ema_decay}: must lie in [0, 1)")
+    for field, least in (("save_minutes", 0), ("num_workers", -1)):
+        if getattr(cfg, field) < least:
+            raise ValueError(f"--{field} {getattr(cfg, field)}: give {least} or more")
+    if abs(cfg.seed) >= LARGEST_SEED:
+        raise ValueError(f"--seed {cfg.seed}: give one below {LARGEST_SEED}")
+    path = Path(cfg.experiment_name)
+    if path.is_absolute() or ".." in path.parts or path == Path():
+        raise ValueError(f"--experiment_name {path}: leaves --output_dir; give a name in it")
     if not 0 <= cfg.eta_min <= cfg.lr:
         raise ValueError(f"--eta_min {cfg.eta_min}: must lie between 0 and --lr {cfg.lr}")
 
@@ -157,8 +167,18 @@ class RunState:
         }
         identity = common.to_json(self.val_loader.scenes.identity())
         self.data_facts["val_scenes"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.check_crop()
         warmup = warmup_steps(cfg, self.steps_per_epoch)
         self.loss_fn = MSTPlusPlusLoss(cfg.train_floor, cfg.train_floor_start, warmup)
+
+    def check_crop(self) -> None:
+        """UserError where --val_crop_border leaves nothing of a scene."""
+        border, scenes = self.cfg.val_crop_border, self.val_loader.scenes
+        for name, shape in zip(scenes.names, scenes.shapes, strict=True):
+            try:
+                centre_crop(torch.empty(shape, device="meta"), border)
+            except UserError as error:
+                raise UserError(f"--val_crop_border {border}: scene {name}: {error}") from None
 
     def create(self, factory: Callable, fields: type, skip: tuple[str, ...] = ()) -> Any:
         """The model of the settings, with as many bands as the data."""
@@ -170,7 +190,8 @@ class RunState:
             raise UserError(str(error)) from None
         least = model.config.min_input_size
         if cfg.patch_size < least:
-            raise UserError(f"--patch_size {cfg.patch_size}: below --min_input_size {least}")
+            what = f"--patch_size {cfg.patch_size}: below --min_input_size {least}"
+            raise UserError(f"{what}; give {least} or more")
         return model
 
     def place_weights(self, model: nn.Module, state: dict | None, resume: Path | None) -> None:
@@ -194,12 +215,15 @@ class RunState:
         cfg = self.cfg
         fields = dataclasses.fields(cfg)
         settings = {field.name: getattr(cfg, field.name) for field in fields if field.metadata}
+        settings["resume_from"] = None  # --config of a run that went on is a run of its own
         settings |= {"compile_model": self.compiled, "use_amp": self.amp is not None}
         if cfg.device == "auto":  # a rank's own card is not that of all ranks
             settings["device"] = self.device.type
         if self.amp is not None:
             settings["amp_dtype"] = "bf16" if self.amp == torch.bfloat16 else "fp16"
         self.settings = settings
+        if self.ranks.is_main:
+            self.folder.make()
         self.log = runs.RunLog(self.folder.logs, self.ranks, self.step, cfg.wandb, settings)
         if self.ranks.is_main:
             common.write_json(self.folder.logs / "config.json", settings)
@@ -210,7 +234,8 @@ class RunState:
             f"{bands} bands; {self.device}, {self.amp or torch.float32}, compile {compiled}; "
             f"run: {self.folder.logs}"
         )
-        self.saved_at = time.monotonic()
+        self.saved_at = self.looked_at = time.monotonic()
+        self.look_every = 1
         total, done = cfg.epochs * self.iterations, self.epoch * self.iterations + self.iteration
         self.bar = terminal.bar(total=total, initial=done, unit="it", smoothing=0.02, desc="train")
 
@@ -236,11 +261,20 @@ class RunState:
 
     def asked(self) -> tuple[bool, bool]:
         """(stop, save) now? All ranks give the same answer."""
-        due = time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes
-        if self.ranks.world_size > 1 and self.step % AGREE_EVERY:
+        if self.ranks.world_size > 1 and self.step % self.look_every:
             return False, False
-        stop, save = self.ranks.any(self.stop.requested, due)
+        now = time.monotonic()
+        due = now - self.saved_at > 60 * self.cfg.save_minutes
+        slow = now - self.looked_at > SLOW_STEP * self.look_every
+        stop, save, slow = self.ranks.any(self.stop.requested, due, slow)
+        self.look_every, self.looked_at = 1 if slow else AGREE_EVERY, now
         return stop, save
+
+    def end_epoch(self) -> bool:
+        """Count and save the epoch; False where a signal asks to stop."""
+        self.epoch, self.iteration = self.epoch + 1, 0
+        self.save(runs.LAST)
+        return not self.ranks.any(self.stop.requested)[0]
 
     def validate(self) -> bool:
         """Where due, score frames with the averaged weights, keep the best; False when stopped."""
@@ -320,8 +354,9 @@ class RunState:
             runs.set_rng_state(state["rng"][self.ranks.rank])
         for key in PROGRESS:
             setattr(self, key, state[key])
-        note = runs.other_settings(state["settings"], cfg)
-        if not runs.keeps_best(state, cfg, self.data_facts, self.folder):
+        note = runs.other_settings(state["settings"], cfg) + runs.other_batch(state, cfg)
+        has_best = math.isfinite(self.best)
+        if has_best and not runs.keeps_best(state, cfg, self.data_facts, self.folder):
             self.best, self.best_metrics = math.inf, {}
             note += "; its best was of other scenes, by another measure, or lies elsewhere"
         place = f"epoch {self.epoch}, iteration {self.iteration}, step {self.step}"

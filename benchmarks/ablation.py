@@ -42,10 +42,13 @@ SHARP = {
     "sharp,without=consistency": "no camera consistency",
 }
 ABLATIONS = {"hsifusion": HSIFUSION, "sharp": SHARP}
+HEAD_PARTS = ("gain", "term", "basis", "start", "direct", "consistency")
 PARTS = (
-    *("windows", "spectral", "fusion"),
-    *("gain", "term", "basis", "start", "direct", "consistency"),
-)
+    "windows",
+    "spectral",
+    "fusion",
+    *HEAD_PARTS,
+)  # the first is HSIFusionNet's, the third SHARP's
 
 
 class Nothing(nn.Module):
@@ -95,10 +98,12 @@ def take_out(model: nn.Module, part: str) -> None:
     elif part == "fusion" and not hasattr(model, "stem_mix"):
         for index, fusion in enumerate(model.fuse):
             model.fuse[index] = AddedSkip(fusion.skip)
-    elif part in PARTS:
+    elif part in HEAD_PARTS:
         take_out_of_head(model.head, part)
     else:
-        raise ValueError(f"without={part}: choose from {', '.join(PARTS)}")
+        raise ValueError(
+            f"without={part}: not a part of this model; choose from {', '.join(PARTS)}"
+        )
 
 
 def blocks_of(model: nn.Module, branch: str) -> list[nn.Module]:

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common_utils_v32 import write_json  # noqa: E402
+import common_utils_v32 as common  # noqa: E402
 from cube_files import FIELD_BANDS
 from optimized_dataloader import DataConfig, prepare_batch, train_loader  # noqa: E402
 from terminal import CliParser  # noqa: E402
@@ -74,7 +74,7 @@ def make_staged(root: Path, scenes: list, count: int) -> Path:
                 "rgb_range": [int(rgb.min()), int(rgb.max())],
             }
         )
-    write_json(
+    common.write_json(
         root / "index.json",
         {
             "format": "hsi-staged",
@@ -172,7 +172,7 @@ def in_new_process(case: dict) -> dict:
         [sys.executable, __file__, "--child", json.dumps(case)], capture_output=True, text=True
     )
     if done.returncode:
-        sys.exit(f"error: {case['label']}: {done.stderr.strip().splitlines()[-1]}")
+        raise common.UserError(f"{case['label']}: {done.stderr.strip().splitlines()[-1]}")
     return {"label": case["label"], **json.loads(done.stdout.splitlines()[-1])}
 
 
@@ -231,9 +231,9 @@ def main() -> None:
     parser = CliParser(description=__doc__)
     parser.add_argument("--mst-root", help="checkout of the MST++ toolbox")
     parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--batches", type=int, default=60, help="timed batches a case")
-    parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batches", type=common.positive, default=60, help="timed batches a case")
+    parser.add_argument("--batch-size", type=common.positive, default=20, help="patches of a batch")
+    parser.add_argument("--threads", type=common.positive, default=2, help="of the CPU")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(482, 512), help="height and width of the scenes"
     )
@@ -248,6 +248,8 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(json.loads(args.child))))
         return
+    if args.mst_root and not Path(args.mst_root, "train_code").is_dir():
+        raise common.UserError(f"--mst-root {args.mst_root}: no train_code in it; give a checkout")
     copying = copy_rate(args.threads)
     rows = []
     print(
@@ -283,8 +285,8 @@ def main() -> None:
         f"{facts['growth_mb']:+.0f} MB"
     )
     if args.json:
-        write_json(args.json, facts)
+        common.write_json(args.json, facts)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_cli(main)

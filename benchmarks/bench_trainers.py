@@ -54,6 +54,8 @@ def measure(trainer: str, args, folder: str) -> dict[str, float]:
             "tiny",
             "--batch_size",
             str(args.batch_size),
+            "--patch_size",
+            str(args.patch_size),
             "--device",
             "cpu",
             "--iterations_per_epoch",
@@ -87,10 +89,11 @@ def measure(trainer: str, args, folder: str) -> dict[str, float]:
 def main() -> int:
     parser = common.CliParser(description=__doc__)
     parser.add_argument("--data_root", required=True, help="staged or raw ARAD-1K folder")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch_size", type=common.positive, default=4, help="patches of a batch")
+    parser.add_argument("--patch_size", type=common.positive, default=128, help="its side, pixels")
+    parser.add_argument("--steps", type=common.positive, default=20, help="of a round")
+    parser.add_argument("--rounds", type=common.positive, default=5, help="of each loop, in turns")
+    parser.add_argument("--threads", type=common.positive, default=2, help="of the CPU")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

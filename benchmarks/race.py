@@ -62,6 +62,8 @@ DRAWS = 2000  # of the bootstrap
 LR = 4e-4  # of MST++
 TRAINING = {"init": "", "mix": "", "share": 0.25, "lr": LR, "without": ""}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+# Settings that all rows of a results file share.
+SAME = ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root", "lr", "amp")
 Scene = tuple[str, torch.Tensor, torch.Tensor]  # name, rgb (3, H, W), cube (bands, H, W)
 
 
@@ -91,10 +93,19 @@ def parse_entrant(text: str) -> Entrant:
         except ValueError:
             parsed = value
         if name in TRAINING:
+            _check_training(text, name, parsed)
             entrant.training[name] = parsed
         else:
             entrant.options[name] = parsed
     return entrant
+
+
+def _check_training(text: str, name: str, value: object) -> None:
+    kinds = (int, float) if isinstance(TRAINING[name], float) else str
+    if not isinstance(value, kinds):
+        raise UserError(f"--entrants {text}: {name} cannot be {value!r}")
+    if name == "mix" and not Path(str(value)).is_dir():
+        raise UserError(f"--entrants {text}: {value}: no such folder")
 
 
 def build(
@@ -103,8 +114,11 @@ def build(
     """`hsifusion`, `sharp` or `mst++`, untrained."""
     if name == RIVAL:
         if mst_root is None:
-            raise UserError("--mst-root: give a checkout of MST++, or leave mst++ out")
-        sys.path.insert(0, str(mst_root / "train_code" / "architecture"))
+            raise UserError("--mst-root: MST++ is needed, give a checkout of it")
+        folder = mst_root / "train_code" / "architecture"
+        if not folder.is_dir():
+            raise UserError(f"--mst-root {mst_root}: no train_code/architecture; give a checkout")
+        sys.path.insert(0, str(folder))
         return importlib.import_module("MST_Plus_Plus").MST_Plus_Plus()
     if name == "sharp":
         from sharp_v322_hardened import create_sharp_v32 as create
@@ -112,7 +126,7 @@ def build(
         from hsifusion_v252_complete import create_hsifusion_lightning_pro as create
     try:
         return create(size, **(options or {}))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"--entrants {name}:{size}: {error}") from None
 
 
@@ -130,6 +144,9 @@ def splits(data_root: str, folds: int, most: int | None) -> Iterator[tuple[str, 
     scenes = load(data_root, "train")
     if not folds:
         yield "val", scenes, load(data_root, "val")
+    if folds == 1 or folds > len(scenes):
+        what = f"--folds {folds}: of {len(scenes)} training scenes"
+        raise UserError(f"{what}, give from 2 to as many, or 0 for the official split")
     for fold in range(folds if most is None else min(folds, most)):
         kept = [scene for number, scene in enumerate(scenes) if number % folds != fold]
         yield f"fold {fold}", kept, scenes[fold::folds]
@@ -145,7 +162,9 @@ class Patches:
 
     def draw(self, scenes: list[Scene]) -> list[torch.Tensor]:
         """One patch of rgb and cube, turned alike."""
-        _, rgb, cube = scenes[self.rng.integers(len(scenes))]
+        name, rgb, cube = scenes[self.rng.integers(len(scenes))]
+        if self.patch > min(rgb.shape[1:]):
+            raise UserError(f"--patch {self.patch}: larger than scene {name}; give a smaller one")
         top, left = (self.rng.integers(side - self.patch + 1) for side in rgb.shape[1:])
         turns, flip = int(self.rng.integers(4)), self.rng.integers(2)
         pair = []
@@ -176,7 +195,10 @@ class Training:
         self.entrant, self.args, self.device = entrant, args, args.torch_device
         self.model = build(entrant.model, entrant.size, args.mst_root, entrant.options)
         if entrant.training["without"]:
-            take_out(self.model, entrant.training["without"])
+            try:
+                take_out(self.model, entrant.training["without"])
+            except ValueError as error:
+                raise UserError(f"--entrants {entrant.text}: {error}") from None
         self.model.to(self.device).train()
         self.network = self.model
         if args.compile:
@@ -391,7 +413,9 @@ class Record:
         self.facts["environment"] = environment_record()
         if path is not None and path.exists():
             old = common.read_json(path)
-            for key in ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root", "lr"):
+            if not isinstance(old, dict) or old.keys() != self.facts.keys():
+                raise UserError(f"--json {path}: not a race's; give another file")
+            for key in SAME:
                 if old["settings"].get(key) != settings[key]:
                     found = f"was made with {key} {old['settings'].get(key)}"
                     raise UserError(f"--json {path}: {found}; give another file")
@@ -415,34 +439,39 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data_root", required=True, help="raw ARAD-1K or staged folder")
     add("--mst-root", type=Path, help="a checkout of MST++; without it MST++ does not run")
-    add("--entrants", nargs="+", default=[RIVAL, "hsifusion", "sharp"], metavar="MODEL")
+    entrants_help = "MODEL[:SIZE][,FIELD=VALUE...], see above; default: all three, tiny"
+    add("--entrants", nargs="+", metavar="MODEL", help=entrants_help)
     add("--ablation", nargs="+", choices=list(ABLATIONS), default=[], help="of these models")
-    add("--budget", type=int, default=0, help="training time of each, in steps of MST++")
+    add("--budget", type=int, default=0, help="training time of each, in steps of MST++; 0: off")
     add("--minutes", type=float, default=10.0, help="training time of each, without --budget")
-    add("--steps", type=int, default=0, help="the same number of steps for each instead")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--folds", type=int, default=0, help="cross-validate over the training scenes")
+    add("--steps", type=int, default=0, help="the same number of steps for each instead; 0: off")
+    add("--seeds", type=int, nargs="+", default=[0], help="each races once with each of them")
+    add("--folds", type=int, default=0, help="cross-validate over the training scenes; 0: off")
     add("--most-folds", type=int, help="run the first of the folds only")
     add("--curves", action=argparse.BooleanOptionalAction, default=False, help="score on the way")
-    add("--batch", type=int, default=BATCH)
-    add("--patch", type=int, default=PATCH)
-    add("--threads", type=int, default=2)
-    add("--device", default="cpu")
-    add("--amp", choices=["bf16", "fp16"])
+    add("--batch", type=common.positive, default=BATCH, help="patches of a step")
+    add("--patch", type=common.positive, default=PATCH, help="side of a patch, pixels")
+    add("--threads", type=common.positive, default=2, help="of the CPU")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--amp", choices=["bf16", "fp16"], help="half precision; default: none")
     add("--compile", action="store_true", help="torch.compile of each")
     add("--json", type=Path, help="where all results are kept; a race that was stopped goes on")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("budget", "steps", "folds"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: give 0 or more")
+    return args
 
 
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     args.torch_device = resolve_device(args.device)
-    texts = args.entrants
+    texts = args.entrants or [RIVAL, "hsifusion", "sharp"]
     if args.ablation:
         texts = [text for model in args.ablation for text in ABLATIONS[model]]
     entrants = [parse_entrant(text) for text in texts]
-    if args.mst_root is None:
+    if args.mst_root is None and not args.entrants:
         entrants = [entrant for entrant in entrants if entrant.model != RIVAL]
     settings = {key: str(value) for key, value in vars(args).items()} | {
         "lr": str(default_lr("tiny"))

@@ -115,6 +115,41 @@ def test_a_race_goes_on_where_it_was_stopped_and_is_paired_over_scenes(synthetic
     assert wrong.returncode == 2 and "no_such" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--steps", "-2"], "--steps -2: give 0 or more"),
+        (["--folds", "1"], "--folds 1: of 5 training scenes, give from 2"),
+        (["--folds", "20"], "--folds 20: of 5 training scenes"),
+        (["--patch", "512"], "--patch 512: larger than scene synthetic_"),
+        (["--entrants", "mst++"], "--mst-root: MST.. is needed"),
+        (["--entrants", "mst++", "--mst-root", "nowhere"], "--mst-root nowhere: no train_code"),
+        (["--steps", "0", "--budget", "2", "--entrants", "sharp"], "--mst-root: MST.. is needed"),
+        (["--entrants", "hsifusion,window_size=abc"], "--entrants hsifusion:tiny: "),
+        (["--entrants", "hsifusion,lr=abc"], "hsifusion,lr=abc: lr cannot be 'abc'"),
+        (["--entrants", "hsifusion,mix=nope"], "hsifusion,mix=nope: nope: no such folder"),
+        (["--entrants", "hsifusion,without=nope"], "without=nope: not a part of this model"),
+        (["--entrants", "hsifusion,without=fusion"], "without=fusion: not a part of this model"),
+        (["--entrants", "sharp,without=windows"], "without=windows: not a part of this model"),
+        (["--json", "other.json"], "--json other.json: not a race's"),
+    ],
+)
+def test_a_race_that_cannot_be_run_is_one_line(synthetic, tmp_path, monkeypatch, flags, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    command = ["race.py", "--data_root", str(synthetic), "--threads", "1", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--entrants", "hsifusion", *flags])
+    with pytest.raises(race.UserError, match=f"^.*{named}"):
+        race.main()
+
+
+def test_counts_of_a_benchmark_are_1_or_more(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["race.py", "--data_root", "x", "--batch", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        race.main()
+    assert stopped.value.code == 2 and "argument --batch: 0: give 1 or" in capsys.readouterr().err
+
+
 def test_ratios_have_intervals_over_the_same_scenes():
     rng = np.random.default_rng(0)
     rival = rng.uniform(0.1, 0.4, 20)
@@ -233,10 +268,11 @@ def test_the_rival_at_another_rate_has_its_steps_too(monkeypatch):
     assert race.steps_of(entrants, [], args) == {"mst++,lr=0.0008": 300, "hsifusion": 1200}
 
 
-def test_a_race_does_not_go_on_at_another_learning_rate(tmp_path):
-    names = ("budget", "minutes", "steps", "folds", "batch", "patch", "data_root")
-    settings = dict.fromkeys(names, "1") | {"lr": "0.0008"}
+def test_a_race_does_not_go_on_with_other_settings(tmp_path):
+    settings = dict.fromkeys(race.SAME, "1") | {"lr": "0.0008", "amp": "None"}
     file = tmp_path / "race.json"
-    file.write_text(json.dumps({"settings": settings | {"lr": "0.0004"}}), encoding="utf-8")
-    with pytest.raises(race.UserError, match="was made with lr 0.0004; give another file"):
-        race.Record(file, settings)
+    facts = {"steps": {}, "results": [], "environment": {}}
+    for other, named in (({"lr": "0.0004"}, "lr 0.0004"), ({"amp": "bf16"}, "amp bf16")):
+        file.write_text(json.dumps(facts | {"settings": settings | other}), encoding="utf-8")
+        with pytest.raises(race.UserError, match=f"was made with {named}; give another file"):
+            race.Record(file, settings)

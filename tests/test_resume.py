@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -72,7 +73,9 @@ def test_groups_of_another_size_start_where_a_run_goes_on(trainer, raw_arad, tmp
     assert checkpoint(tmp_path)["step"] == 3
 
 
-@pytest.mark.parametrize("trainer, number", zip(TRAINERS, ("SIGTERM", "SIGUSR1"), strict=True))
+@pytest.mark.parametrize(
+    "trainer, number", [(TRAINERS[0], "SIGTERM"), (TRAINERS[1], "SIGUSR1"), (TRAINERS[1], "SIGHUP")]
+)
 def test_a_signal_ends_the_step_saves_and_gives_exit_code_75(trainer, number, raw_arad, tmp_path):
     args = arguments(trainer, raw_arad, tmp_path, "--iterations_per_epoch", 100000)
     job = start(trainer, *args)
@@ -205,6 +208,93 @@ def test_an_old_run_is_not_overwritten(trainer, raw_arad, tmp_path):
         make_run(
             trainer, raw_arad, tmp_path, "--resume_from", tmp_path / "run" / "best.safetensors"
         )
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_does_not_go_on_in_the_folder_of_another(trainer, raw_arad, tmp_path):
+    for name in ("a", "b"):
+        assert make_run(trainer, raw_arad, tmp_path / name, "--epochs", 1).train() == 0
+    before = checkpoint(tmp_path / "b", "best.ckpt")
+    other = tmp_path / "a" / "run" / "last.ckpt"
+    with pytest.raises(UserError, match="holds a run: give .* another --experiment_name"):
+        make_run(trainer, raw_arad, tmp_path / "b", "--resume_from", other)
+    assert_same(checkpoint(tmp_path / "b", "best.ckpt"), before)
+    # Its settings make a run of its own, which does not go on with it.
+    assert make_run(trainer, raw_arad, tmp_path / "c", "--resume_from", other).train() == 0
+    config = json.loads((tmp_path / "c" / "run" / "config.json").read_text())
+    assert config["resume_from"] is None
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_its_best(
+    trainer, raw_arad, tmp_path, monkeypatch
+):
+    assert make_run(trainer, raw_arad, tmp_path).train() == 0
+    best = checkpoint(tmp_path, "best.ckpt")
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / "run" / name).unlink()
+    again = make_run(trainer, raw_arad, tmp_path, "--resume_from", "auto")
+    assert again.step == best["step"] > 0 and again.best == best["best"]
+    monkeypatch.setenv("HSI_CKPT_DIR", str(tmp_path / "elsewhere"))
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a run that ended, .*elsewhere.*HSI_CKPT_DIR"):
+        make_run(trainer, raw_arad, tmp_path, "--resume_from", "auto")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == logged
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_stop_at_the_last_step_of_an_epoch_is_not_forgotten(trainer, raw_arad, tmp_path):
+    more = ("--iterations_per_epoch", 1, "--epochs", 20, "--val_interval", 20)
+    run = make_run(trainer, raw_arad, tmp_path, *more)
+    stop_after(run, 3)
+    assert run.train() == STOPPED and checkpoint(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("seconds, looks", [(0.0, [1, 10, 20]), (1.0, list(range(1, 21)))])
+def test_ranks_look_for_a_stop_at_every_slow_step(
+    trainer, seconds, looks, raw_arad, tmp_path, monkeypatch
+):
+    """A launcher kills trainers that take too long to stop."""
+    run, clock, asked = make_run(trainer, raw_arad, tmp_path), [0.0], []
+    run.ranks = SimpleNamespace(world_size=2, any=lambda *flags: asked.append(run.step) or flags)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run.looked_at = run.saved_at = 0.0
+    for run.step in range(1, 21):
+        clock[0] += seconds
+        run.asked()
+    assert asked == looks
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_folder_that_cannot_be_written_is_found_before_training(
+    trainer, raw_arad, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HSI_CKPT_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="^HSI_CKPT_DIR .*file/run: cannot be written .Not a direc"):
+        make_run(trainer, raw_arad, tmp_path)
+    monkeypatch.delenv("HSI_CKPT_DIR")
+    with pytest.raises(UserError, match="^--output_dir .*file/run: cannot be written"):
+        make_run(trainer, raw_arad, tmp_path / "file")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_another_number_of_ranks_is_said_by_the_batch_that_they_make(
+    trainer, raw_arad, tmp_path, capsys
+):
+    run = make_run(trainer, raw_arad, tmp_path)
+    stop_after(run, 2)
+    assert run.train() == STOPPED
+    state = checkpoint(tmp_path)
+    common.save_checkpoint(tmp_path / "run" / "last.ckpt", state | {"rng": 2 * state["rng"]})
+    capsys.readouterr()
+    resume = ("--resume_from", "auto", "--iterations_per_epoch", 5)
+    make_run(trainer, raw_arad, tmp_path, *resume, "--batch_size", 4)
+    assert "step 2\n" in capsys.readouterr().out  # and nothing of a best that was not yet
+    make_run(trainer, raw_arad, tmp_path, *resume)
+    said = "step 2; ranks x patches of a batch are 1 x --batch_size 2, they were 2 x 2\n"
+    assert said in capsys.readouterr().out
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import write_raw_arad
 from training_helpers import (
     DROP,
     TRAINERS,
@@ -363,6 +364,11 @@ def test_norms_biases_and_scales_are_not_decayed(trainer, raw_arad, tmp_path):
         (["--gradient_clip", "-1"], "--gradient_clip -1.0: must be 0 or above"),
         (["--weight_decay", "-0.1"], "--weight_decay"),
         (["--val_crop_border", "-8"], "--val_crop_border"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--num_workers", "-2"], "--num_workers -2: give -1 or more"),
+        (["--save_minutes", "-1"], "--save_minutes -1.0: give 0 or more"),
+        (["--experiment_name", "../x"], "--experiment_name ../x: leaves --output_dir"),
+        (["--experiment_name", "."], "--experiment_name .: leaves --output_dir"),
     ],
 )
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -375,6 +381,14 @@ def test_bad_input_is_one_line_and_exit_code_2(trainer, args, named, tmp_path, m
     message = capsys.readouterr().err.strip().splitlines()[-1].replace("'", "")
     assert stop.value.code == 2 and message.startswith("error: ") and named in message
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_border_that_leaves_nothing_of_a_scene_is_found_before_training(trainer, tmp_path):
+    data = write_raw_arad(tmp_path / "raw", size=(328, 336))
+    with pytest.raises(UserError, match="--val_crop_border 164: scene .* 328 x 336: .* 0 to 163"):
+        make_run(trainer, data, tmp_path, "--val_crop_border", 164)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
