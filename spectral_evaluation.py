@@ -334,6 +334,8 @@ def _headline_row(summary: dict) -> dict[str, str]:
     how = f"{summary['weights']} weights, rgb {summary['rgb_norm']}"
     if summary["ensemble"]:
         how += ", 8 views"
+    if summary["tile"]:
+        how += f", tiles of {summary['tile']} px"
     row = {"model": f"{summary['name']} ({how})"}
     for key in HEADLINE:
         low, high = summary["interval_95"][key]

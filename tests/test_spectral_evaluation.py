@@ -295,6 +295,7 @@ def test_an_earlier_evaluation_is_kept_unless_told_otherwise(tmp_path, scenes):
     names = sorted(path.name for path in (tmp_path / "res" / "metrics").iterdir())
     assert names == ["v_metrics.json", "w_metrics.json", "x_metrics.json"]
     summary = common.read_json(tmp_path / "res" / "summary.json")
+    assert ", tiles of 64 px)" in (tmp_path / "res" / "table.md").read_text()
     assert summary["tile"] == 64 and len(summary["per_band"]["ssim_full"]) == 31
 
 
