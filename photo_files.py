@@ -51,6 +51,8 @@ def read_photo(path: Path, work: Path) -> Photo:
         tags = getattr(image, "tag_v2", {})
         tiles = str(image.tile)
         deep = image.mode.startswith("I") or ";16B" in tiles or ";16L" in tiles
+        if "LA;16" in tiles:
+            raise UserError("grey and alpha of 16 bits; save it as grey, or as RGB")
         if image.mode == "F":
             raise UserError("floating-point pixels; save it with 8 or 16 bits a channel")
         if TIFF_DNG_VERSION in tags:

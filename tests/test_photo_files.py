@@ -59,6 +59,9 @@ def test_photos_that_hold_no_rgb_are_refused(tmp_path):
     Image.fromarray(np.full((4, 5), 70000, np.int32)).save(tmp_path / "deep.tif")
     with pytest.raises(UserError, match="beyond 16 bits"):
         read_photo(tmp_path / "deep.tif", tmp_path)
+    write_deep_png(tmp_path / "grey.png", np.zeros((9, 12, 2), np.uint16))
+    with pytest.raises(UserError, match="grey and alpha of 16 bits; save it as grey"):
+        read_photo(tmp_path / "grey.png", tmp_path)
     np.save(tmp_path / "floats.npy", np.zeros(RGB_SHAPE, np.float32))
     with pytest.raises(UserError, match="uint16, found .*float32"):
         read_photo(tmp_path / "floats.npy", tmp_path)
@@ -78,12 +81,13 @@ def test_a_big_photo_is_mapped_to_a_file(tmp_path, monkeypatch):
 
 
 def write_deep_png(path, pixels):
-    """A PNG of 16-bit RGB, its rows coded as differences to the left, by zlib and struct alone."""
-    height, width, _ = pixels.shape
+    """A PNG of 16-bit RGB, or grey and alpha, its rows coded as differences to the left, by zlib
+    and struct alone."""
+    height, width, channels = pixels.shape
     rows = pixels.astype(">u2").tobytes()
-    rows = np.frombuffer(rows, np.uint8).reshape(height, width * 6)
+    rows = np.frombuffer(rows, np.uint8).reshape(height, width * 2 * channels)
     coded = rows.copy()
-    coded[:, 6:] -= rows[:, :-6]
+    coded[:, 2 * channels :] -= rows[:, : -2 * channels]
     body = b"".join(b"\x01" + row.tobytes() for row in coded)
 
     def chunk(kind, data):
@@ -91,7 +95,7 @@ def write_deep_png(path, pixels):
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 2: 4}[channels], 0, 0, 0)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(body)), chunk(b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
