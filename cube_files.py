@@ -299,9 +299,12 @@ def scene_name(path: Path) -> str:
     return stem.stem if with_data else stem.name
 
 
-def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str) -> None:
+def write_cube(
+    path: Path, cube: np.ndarray, wavelengths: list[float], kind: str, move: bool = False
+) -> None:
     """Write (bands, H, W) float32, in memory or mapped, as `kind` of WRITTEN; wavelengths in nm.
-    The name appears when the file is complete. A mapped array's file may become the cube's."""
+    The name appears when the file is complete. move: the cube is all of its .npy file where it is
+    mapped, which may become the cube's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=temporary_prefix("cube"), dir=path.parent) as work:
         file = Path(work) / path.name
@@ -309,8 +312,8 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             reserve(file, cube.nbytes)
             file.unlink(missing_ok=True)
         if kind == "npy":
-            if (own := _own_file(cube)) is not None:
-                os.replace(own, file)
+            if move and isinstance(cube, np.memmap) and cube.filename is not None:
+                os.replace(cube.filename, file)
             else:
                 np.save(file, cube)
         elif kind == "npz":
@@ -324,13 +327,6 @@ def write_cube(path: Path, cube: np.ndarray, wavelengths: list[float], kind: str
             _write_envi(file, cube, wavelengths)
         for written in sorted(Path(work).iterdir(), reverse=True):  # ENVI's data before its header
             os.replace(written, path.parent / written.name)
-
-
-def _own_file(cube: np.ndarray) -> str | None:
-    """The .npy file that a mapped array is all of; a part of an array has its file's name too."""
-    if not isinstance(cube, np.memmap) or cube.filename is None:
-        return None
-    return cube.filename if np.load(cube.filename, mmap_mode="r").shape == cube.shape else None
 
 
 class StoredCube(NamedTuple):

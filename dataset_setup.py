@@ -47,7 +47,8 @@ SETTINGS += ("rgb_encoding", "camera", "seed", "val_fraction", "split_seed")
 SETTINGS += ("chosen_bands", "no_data", "white", "dark", "fill", "clip")
 # Flags that --synthetic has no use for.
 OF_SOURCE: tuple[str, ...] = ("val_fraction", "rgb_encoding", "render_rgb", "chosen_bands", "clip")
-OF_SOURCE += ("scale", "white", "no_data", "fill")
+OF_SOURCE += ("scale", "white", "dark", "no_data", "fill")
+OF_SOURCE += ("cube_key", "axes", "wavelengths", "split_seed")
 OLD_SETTINGS = {"rgb_encoding": "linear", "clip": False}
 SPARE_BYTES = 10_000_000  # for index and pictures
 

@@ -102,6 +102,11 @@ class Loaded:
     encoding: str = "linear"  # of the photos that it was trained on, or srgb
     pixel_bytes: float = 0.0  # that a forward needs for each pixel
 
+    @property
+    def gives_scale(self) -> bool:
+        """Whether its output goes on with a scale of each value: its uncertainty."""
+        return bool(self.config.get("estimate_uncertainty"))
+
 
 def load_model(
     spec: str | Path | None = None,

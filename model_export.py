@@ -63,6 +63,8 @@ def export(model: Loaded, folder: Path, side: int | None, overwrite: bool = Fals
     common.remove_leftovers(folder)
     with tempfile.TemporaryDirectory(prefix=common.temporary_prefix("export"), dir=folder) as work:
         said, failure = _write(model, Path(work), side or EXPORT_SIDE)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
         for file in Path(work).iterdir():
             os.replace(file, folder / file.name)
     if failure:
@@ -181,12 +183,16 @@ def model_card(model: Loaded, facts: dict) -> str:
     sides, largest = "max(64, -(-side // 32) * 32)", "any size"
     if 2 not in free_sizes(model.kind):
         sides, largest = f"{facts['onnx_input'][2]}", "at most that size"
+    recipe = (
+        f"With ONNX Runtime, a photo of {largest}; where pixels are mirrored beyond it, values "
+        f"differ a little from the above:\n\n```python{RECIPE.replace('SIDE', sides)}```"
+    )
+    if math.isnan(facts["onnx_difference"]):
+        recipe = "There is no ONNX file: the exporter refused this model."
     return (
         f"# {model.name}: RGB to {model.bands} spectral bands\n\n{''.join(lines)}\n"
         "Three channels do not determine a spectrum: trust this for cameras, light and scenes like "
         "those of its training data.\n\n"
         f"    {command} --input photo.jpg --output photo.npy\n\n"
-        f"With ONNX Runtime, a photo of {largest}:\n\n"
-        f"```python{RECIPE.replace('SIDE', sides)}```\n\n"
-        "Where it mirrors pixels beyond the photo, values differ a little from the above.\n"
+        f"{recipe}\n"
     )

@@ -3,6 +3,8 @@
 photo = read_photo(Path("photo.jpg"), work_folder)        # photo.rgb (H, W, 3), photo.remarks"""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,14 +61,16 @@ def read_photo(path: Path, work: Path) -> Photo:
             raise UserError(f"{path}: {_RAW_ADVICE}")
         remarks, ordinary = _remarks(image), _looks_ordinary(image)
         foreign = _profile(image)
+        packed = not deep and max(tags.get(TIFF_BITS, (8,))) > 8
         if deep:
             rgb = _deep_pixels(path)
-        elif deep := max(tags.get(TIFF_BITS, (8,))) > 8:
+        elif packed:
             rgb = _deep_tiff(path, image.getexif().get(EXIF_ORIENTATION, 1))
         else:
             rgb = _shallow_pixels(image, foreign, work, remarks)
-        if deep and foreign is not None:
+        if (deep or packed) and foreign is not None:
             remarks.append(f"colour profile {_name_of(foreign)} left as it is, at 16 bits")
+    remarks += _other_images(path)
     if rgb.dtype == np.uint16 and 255 < rgb.max() <= TWELVE_BITS:
         remarks.append("taken as 12 bits: no value is above 4095")
         rgb = (rgb.astype(np.uint32) * SIXTEEN_BITS // TWELVE_BITS).astype(np.uint16)
@@ -134,7 +138,12 @@ def _deep_tiff(path: Path, orientation: int) -> np.ndarray:
         with extra("tifffile").TiffFile(path) as file:
             page = file.pages[0]
             pixels, axes, colours = page.asarray(), page.axes, page.photometric
-    except (ValueError, KeyError) as error:  # packages that unpack it are missing, or it is damaged
+    except (
+        ValueError,
+        KeyError,
+        zlib.error,
+        struct.error,
+    ) as error:  # packages that unpack it are missing, or it is damaged
         raise UserError(f"{error}; save it as PNG, or as a TIFF without compression") from None
     if axes == "SYX":
         pixels, axes = pixels.transpose(1, 2, 0), "YXS"
@@ -175,6 +184,17 @@ def _looks_ordinary(image: Image.Image) -> str:
     return "it has a colour profile" if image.info.get("icc_profile") else ""
 
 
+def _other_images(path: Path) -> list[str]:
+    """What to say of a file of several images. JPEGs of phones hold other things."""
+    with open_image(path) as image:  # anew: a file may be damaged beyond its first image
+        try:
+            images = getattr(image, "n_frames", 1)
+        except (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError):
+            return ["the first of several images, the others are damaged"]
+    several = images > 1 and image.format in ("TIFF", "WEBP")
+    return [f"the first of {images} images"] if several else []
+
+
 def _remarks(image: ImageFile.ImageFile) -> list[str]:
     remarks = []
     if _is_turned(image):
@@ -183,7 +203,4 @@ def _remarks(image: ImageFile.ImageFile) -> list[str]:
         remarks.append("alpha dropped")
     if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         remarks.append("grey repeated into R, G and B")
-    images = getattr(image, "n_frames", 1)
-    if images > 1 and image.format in ("TIFF", "WEBP"):  # JPEGs of phones hold other things
-        remarks.append(f"the first of {images} images")
     return remarks

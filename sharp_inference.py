@@ -172,15 +172,15 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     """A photo's cube (bands, H, W) float32 and its wavelengths in nm.
 
     rgb: (H, W, 3) uint8 or uint16 as a file holds it, in the encoding of the model's training
-    (`model.encoding`). ValueError for any other array. What a model says of its uncertainty is left
-    out."""
+    (`model.encoding`), or a PIL image of it, whose EXIF and colour profile are not looked at.
+    ValueError for anything else. What a model says of its uncertainty is left out."""
     rgb = np.asarray(rgb)
     if rgb.dtype == ">u2":
         rgb = rgb.astype(np.uint16)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size or rgb.dtype not in (np.uint8, np.uint16):
+        advice = "; round 65535 times what is from 0 to 1" if rgb.dtype.kind == "f" else ""
         raise ValueError(
-            f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}; round 255 or "
-            "65535 times what is from 0 to 1"
+            f"rgb must be (H, W, 3) uint8 or uint16, not {rgb.shape} {rgb.dtype}{advice}"
         )
     size = (rgb.shape[0], rgb.shape[1])
     source, _, _ = photo_source(rgb, model.rgb_norm, model.encoding)
@@ -226,6 +226,12 @@ def output_paths(inputs: list[Path], output: Path, kind: str | None) -> tuple[li
     return [output / name for name in names], kind
 
 
+def files_of(model: Loaded, target: Path) -> list[Path]:
+    """The files that a photo becomes: its cube, and the scale of a model that gives one."""
+    scale = target.with_name(f"{target.stem}_scale{target.suffix}")
+    return [target, scale] if model.gives_scale else [target]
+
+
 def check_absent(target: Path, kind: str) -> None:
     for file in (target, target.with_suffix(".img")) if kind == "envi" else (target,):
         if file.exists():
@@ -234,9 +240,9 @@ def check_absent(target: Path, kind: str) -> None:
 
 def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
     """One image to one cube file, and the line that says what was done."""
-    scale = target.with_name(f"{target.stem}_scale{target.suffix}")
-    for file in () if args.overwrite else (target, scale):
-        check_absent(file, kind)
+    if not args.overwrite:
+        for file in files_of(model, target):
+            check_absent(file, kind)
     start = time.perf_counter()
     page: list[str] = []
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +267,8 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
 
         values, patch = predicted()
         cube = values[: model.bands]
-        write_cube(target, cube, model.wavelengths, kind)
-        if len(values) > model.bands:  # a model with --estimate_uncertainty
+        write_cube(target, cube, model.wavelengths, kind, move=not model.gives_scale)
+        for scale in files_of(model, target)[1:]:
             write_cube(scale, values[model.bands :], model.wavelengths, kind)
             remarks.append(f"its uncertainty, a Laplace scale: {scale}")
         if args.preview:
@@ -328,7 +334,8 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
         common.remove_leftovers(folder)
     first: dict[Path, Path] = {}  # the first input that gives a target
     for path, target in zip(inputs, targets, strict=True):
-        first.setdefault(target, path)
+        for file in files_of(model, target):
+            first.setdefault(file, path)
     failures = []
     mine = slice(ranks.rank, None, ranks.world_size)
     jobs = list(zip(inputs[mine], targets[mine], strict=True))
@@ -336,8 +343,9 @@ def run_images(model: Loaded, args: Settings, ranks: Ranks) -> None:
         try:
             if not path.is_file():
                 raise UserError("no such image, folder of images, or match")
-            if first[target] != path:
-                raise UserError(f"{first[target]} gives {target.name} already; rename one")
+            for file in files_of(model, target):
+                if first[file] != path:
+                    raise UserError(f"{first[file]} gives {file.name} already; rename one")
             terminal.say(reconstruct(model, path, target, kind, args))
         except UNREADABLE as error:
             failures.append(f"{path}: {str(error).removeprefix(f'{path}: ')}")

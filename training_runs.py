@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from compute_devices import Ranks, first_output
 
 STOPPED = 75  # exit code of a run that a signal stopped after it saved (EX_TEMPFAIL: try again)
 # The checkpoint to go on from, the one before it, that of the best validation.
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+CHECKPOINTS = LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +53,42 @@ class RunFolder:
             remove_leftovers(self.logs)
         if resume_from == "auto":
             return self._newest()
-        path = Path(resume_from) if resume_from else None
-        state = read_checkpoint(path) if path else None
-        signs = [self.checkpoints / name for name in (LAST, PREVIOUS, BEST)]
-        signs.append(self.logs / "config.json")
-        of_this_run = path and path.resolve().parent == self.checkpoints.resolve()
-        for sign in () if of_this_run else signs:
+        signs = [self.checkpoints / name for name in CHECKPOINTS]
+        if resume_from is None:
+            self._refuse([*signs, self.logs / "config.json"])
+            return None, None
+        path, state = Path(resume_from), read_checkpoint(resume_from)
+        if path.resolve().parent != self.checkpoints.resolve():
+            self._refuse(signs)  # of a start from there that ended early there is a config.json
+        return path, state
+
+    def _refuse(self, signs: list[Path]) -> None:
+        for sign in signs:
             if sign.exists():
                 raise UserError(
                     f"{sign.parent} holds a run: give --resume_from auto to go on, or another "
                     "--experiment_name"
                 )
-        return (path, state) if path and state else (None, None)
 
     def _newest(self) -> tuple[Path, dict] | tuple[None, None]:
         """The newest checkpoint that is not damaged; a damaged one is moved away."""
-        last, previous = self.checkpoints / LAST, self.checkpoints / PREVIOUS
-        if last.exists():
+        damaged: dict[Path, UserError] = {}
+        for path in (self.checkpoints / name for name in CHECKPOINTS):
+            if not path.exists():
+                continue
             try:
-                return last, read_checkpoint(last)
+                state = read_checkpoint(path)
             except UserError as error:
-                if not previous.exists():
-                    raise
-                damaged = last.with_suffix(".damaged")
-                print(f"{error}; kept as {damaged}, going on from {previous}", file=sys.stderr)
+                damaged[path] = error
+                continue
+            for bad, reason in damaged.items():
+                kept = bad.with_suffix(".damaged")
+                print(f"{reason}; kept as {kept}, going on from {path}", file=sys.stderr)
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
-                    os.replace(last, damaged)
-        for path in (previous, self.checkpoints / BEST):
-            if path.exists():
-                return path, read_checkpoint(path)
+                    os.replace(bad, kept)
+            return path, state
+        for reason in damaged.values():
+            raise reason
         if (self.logs / "summary.json").exists():
             raise UserError(
                 f"{self.logs} holds a run that ended, {self.checkpoints} no checkpoint of it; set "
@@ -340,9 +348,10 @@ def _start_wandb(project: str, folder: Path, settings: dict) -> Any:
 def stop_signals() -> list[signal.Signals]:
     """The signals that ask a run to stop: of a terminal that closes too, unless `nohup` ignores it.
     Windows has two of them."""
-    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-    found = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+    names = ["SIGTERM", "SIGINT", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def leave_process_group(worker: int) -> None:
@@ -366,6 +375,16 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+
+
+def _leave_terminal() -> None:
+    """Nobody reads what is written to a terminal that closed, and writing to it is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # and no file or pipe
+            os.dup2(nowhere, stream)
 
 
 def environment_record(device: torch.device | None = None) -> dict:

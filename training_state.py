@@ -63,9 +63,9 @@ def complete_settings(cfg: Any, name: str) -> None:
         if getattr(cfg, field) < least:
             raise ValueError(f"--{field} {getattr(cfg, field)}: give {least} or more")
     if abs(cfg.seed) >= LARGEST_SEED:
-        raise ValueError(f"--seed {cfg.seed}: give one below {LARGEST_SEED}")
+        raise ValueError(f"--seed {cfg.seed}: give one between -2**62 and 2**62")
     path = Path(cfg.experiment_name)
-    if path.is_absolute() or ".." in path.parts or path == Path():
+    if path.anchor or ".." in path.parts or path == Path():
         raise ValueError(f"--experiment_name {path}: leaves --output_dir; give a name in it")
     if not 0 <= cfg.eta_min <= cfg.lr:
         raise ValueError(f"--eta_min {cfg.eta_min}: must lie between 0 and --lr {cfg.lr}")
@@ -236,6 +236,7 @@ class RunState:
         )
         self.saved_at = self.looked_at = time.monotonic()
         self.look_every = 1
+        self.saved: tuple[int, int] | None = None  # where the last save was
         total, done = cfg.epochs * self.iterations, self.epoch * self.iterations + self.iteration
         self.bar = terminal.bar(total=total, initial=done, unit="it", smoothing=0.02, desc="train")
 
@@ -329,6 +330,8 @@ class RunState:
         self.train_loader.check.finish(self.ranks)
         rng = self.ranks.gather(runs.rng_state())
         self.saved_at = time.monotonic()
+        if name == runs.LAST:
+            self.saved = (self.epoch, self.iteration)
         if not self.ranks.is_main:
             return
         state = {
@@ -379,7 +382,8 @@ class RunState:
         """What is left to do after the loop -> exit code."""
         self.log.close()
         if not done and self.epoch < self.cfg.epochs:
-            self.save("last.ckpt")
+            if self.saved != (self.epoch, self.iteration):
+                self.save(runs.LAST)
             last = self.folder.checkpoints / "last.ckpt"
             self.say(f"stopped by a signal: saved {last}; go on with --resume_from auto")
             return runs.STOPPED

@@ -43,12 +43,6 @@ SHARP = {
 }
 ABLATIONS = {"hsifusion": HSIFUSION, "sharp": SHARP}
 HEAD_PARTS = ("gain", "term", "basis", "start", "direct", "consistency")
-PARTS = (
-    "windows",
-    "spectral",
-    "fusion",
-    *HEAD_PARTS,
-)  # the first is HSIFusionNet's, the third SHARP's
 
 
 class Nothing(nn.Module):
@@ -101,9 +95,7 @@ def take_out(model: nn.Module, part: str) -> None:
     elif part in HEAD_PARTS:
         take_out_of_head(model.head, part)
     else:
-        raise ValueError(
-            f"without={part}: not a part of this model; choose from {', '.join(PARTS)}"
-        )
+        raise ValueError(f"without={part}: not a part of this model")
 
 
 def blocks_of(model: nn.Module, branch: str) -> list[nn.Module]:

@@ -86,6 +86,8 @@ def parse_entrant(text: str) -> Entrant:
     entrant = Entrant(text, model, size or "tiny", {}, dict(TRAINING))
     if model != RIVAL:
         entrant.training["lr"] = default_lr(entrant.size)
+    if model == RIVAL and (size or any(not pair.startswith("lr=") for pair in pairs)):
+        raise UserError(f"--entrants {text}: of MST++ lr alone can be chosen")
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
@@ -104,8 +106,9 @@ def _check_training(text: str, name: str, value: object) -> None:
     kinds = (int, float) if isinstance(TRAINING[name], float) else str
     if not isinstance(value, kinds):
         raise UserError(f"--entrants {text}: {name} cannot be {value!r}")
-    if name == "mix" and not Path(str(value)).is_dir():
-        raise UserError(f"--entrants {text}: {value}: no such folder")
+    missing = name in ("init", "mix") and not Path(str(value)).exists()
+    if missing:
+        raise UserError(f"--entrants {text}: {value}: no such file or folder")
 
 
 def build(
@@ -447,7 +450,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=0, help="the same number of steps for each instead; 0: off")
     add("--seeds", type=int, nargs="+", default=[0], help="each races once with each of them")
     add("--folds", type=int, default=0, help="cross-validate over the training scenes; 0: off")
-    add("--most-folds", type=int, help="run the first of the folds only")
+    add("--most-folds", type=common.positive, help="run the first of the folds only")
     add("--curves", action=argparse.BooleanOptionalAction, default=False, help="score on the way")
     add("--batch", type=common.positive, default=BATCH, help="patches of a step")
     add("--patch", type=common.positive, default=PATCH, help="side of a patch, pixels")
@@ -477,6 +480,9 @@ def main() -> int:
         "lr": str(default_lr("tiny"))
     }
     record = Record(args.json, settings)
+    args.seed = args.seeds[0]
+    for entrant in entrants:
+        Training(entrant, args)  # complains of what cannot be built, before hours of racing
     for label, scenes, held_out in splits(args.data_root, args.folds, args.most_folds):
         for seed in args.seeds:
             args.seed = seed

@@ -127,7 +127,10 @@ def test_a_race_goes_on_where_it_was_stopped_and_is_paired_over_scenes(synthetic
         (["--steps", "0", "--budget", "2", "--entrants", "sharp"], "--mst-root: MST.. is needed"),
         (["--entrants", "hsifusion,window_size=abc"], "--entrants hsifusion:tiny: "),
         (["--entrants", "hsifusion,lr=abc"], "hsifusion,lr=abc: lr cannot be 'abc'"),
-        (["--entrants", "hsifusion,mix=nope"], "hsifusion,mix=nope: nope: no such folder"),
+        (["--entrants", "hsifusion,mix=nope"], "hsifusion,mix=nope: nope: no such file or fold"),
+        (["--entrants", "hsifusion,init=nope"], "hsifusion,init=nope: nope: no such file or fol"),
+        (["--entrants", "mst++:large"], "--entrants mst..:large: of MST.. lr alone can be chosen"),
+        (["--entrants", "mst++,without=spectral"], "of MST.. lr alone can be chosen"),
         (["--entrants", "hsifusion,without=nope"], "without=nope: not a part of this model"),
         (["--entrants", "hsifusion,without=fusion"], "without=fusion: not a part of this model"),
         (["--entrants", "sharp,without=windows"], "without=windows: not a part of this model"),
@@ -138,7 +141,9 @@ def test_a_race_that_cannot_be_run_is_one_line(synthetic, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     command = ["race.py", "--data_root", str(synthetic), "--threads", "1", "--steps", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--entrants", "hsifusion", *flags])
+    flags = ["--entrants", "hsifusion", *flags[1:]] if flags[0] == "--entrants" else flags
+    monkeypatch.setattr(sys, "argv", [*command, *flags])
+    monkeypatch.setattr(race.Training, "step", lambda *_: pytest.fail("a race began"))
     with pytest.raises(race.UserError, match=f"^.*{named}"):
         race.main()
 

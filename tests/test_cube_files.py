@@ -198,7 +198,7 @@ def test_written_cubes_read_back_identically(tmp_path, monkeypatch, cube, kind, 
     bands_first = cube_files.allocate_array((31, 20, 24), np.float32, tmp_path)
     assert isinstance(bands_first, np.memmap) == mapped
     bands_first[:] = cube.transpose(2, 0, 1)
-    write_cube(path, bands_first, NM, kind)
+    write_cube(path, bands_first, NM, kind, move=mapped)
     axes = "chw" if suffix in (".npy", ".npz") else None
     assert np.array_equal(read_cube(path, axes=axes, rgb_shape=RGB_SHAPE), cube)
     assert read_wavelengths(path) == (None if kind == "npy" else NM)

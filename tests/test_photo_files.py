@@ -147,6 +147,10 @@ def test_a_file_of_many_images_says_that_the_first_is_taken(tmp_path):
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     remarks = read_photo(tmp_path / "a.tif", tmp_path).remarks
     assert remarks == ["grey repeated into R, G and B", "the first of 3 images"]
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])  # in the second image
+    photo = read_photo(tmp_path / "a.tif", tmp_path)
+    assert not photo.rgb.any() and photo.remarks[-1].startswith("the first of ")
 
 
 def test_12_bits_in_a_16_bit_file_reach_from_black_to_white(tmp_path):

@@ -29,6 +29,7 @@ from training_helpers import (
 )
 
 import common_utils_v32 as common
+import training_runs
 from common_utils_v32 import UserError
 from training_runs import STOPPED
 
@@ -219,8 +220,10 @@ def test_a_run_does_not_go_on_in_the_folder_of_another(trainer, raw_arad, tmp_pa
     with pytest.raises(UserError, match="holds a run: give .* another --experiment_name"):
         make_run(trainer, raw_arad, tmp_path / "b", "--resume_from", other)
     assert_same(checkpoint(tmp_path / "b", "best.ckpt"), before)
+    # Killed before its first save it starts from there again.
+    make_run(trainer, raw_arad, tmp_path / "c", "--resume_from", other)
+    assert make_run(trainer, raw_arad, tmp_path / "c", "--resume_from", other).step == 5
     # Its settings make a run of its own, which does not go on with it.
-    assert make_run(trainer, raw_arad, tmp_path / "c", "--resume_from", other).train() == 0
     config = json.loads((tmp_path / "c" / "run" / "config.json").read_text())
     assert config["resume_from"] is None
 
@@ -248,10 +251,59 @@ def test_a_stop_at_the_last_step_of_an_epoch_is_not_forgotten(trainer, raw_arad,
     run = make_run(trainer, raw_arad, tmp_path, *more)
     stop_after(run, 3)
     assert run.train() == STOPPED and checkpoint(tmp_path)["step"] == 3
+    assert checkpoint(tmp_path, "previous.ckpt")["step"] == 2  # it was saved once
+
+
+@pytest.mark.parametrize("good", ["previous.ckpt", "best.ckpt"])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_not_damaged(raw_arad, tmp_path, good):
+    assert make_run(TRAINERS[0], raw_arad, tmp_path).train() == 0
+    names = ["last.ckpt", "previous.ckpt", "best.ckpt"]
+    step = checkpoint(tmp_path, good)["step"]
+    for name in names[: names.index(good)]:
+        (tmp_path / "run" / name).write_bytes(b"damaged")
+    assert make_run(TRAINERS[0], raw_arad, tmp_path, "--resume_from", "auto").step == step
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+    for name in names:
+        (tmp_path / "run" / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="last.ckpt: refused as a checkpoint"):
+        make_run(TRAINERS[0], raw_arad, tmp_path, "--resume_from", "auto")
+    assert (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals that close")
+def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_ignore_that(raw_arad, tmp_path):
+    args = arguments(TRAINERS[0], raw_arad, tmp_path, "--iterations_per_epoch", 100000)
+    command = [sys.executable, ROOT / f"{TRAINERS[0]}.py", *args]
+    master, terminal = pytest.importorskip("pty").openpty()
+    job = subprocess.Popen(command, env=ONE_THREAD, stdout=terminal, stderr=terminal)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.read_text(encoding="utf-8")):
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.close(terminal)
+    os.close(master)  # what is written from now on is an error
+    job.send_signal(signal.SIGHUP)
+    assert job.wait() == STOPPED and checkpoint(tmp_path)["step"] > 0
+
+
+def test_signals_that_are_ignored_stay_so_if_they_are_of_a_terminal(monkeypatch):
+    """nohup ignores SIGHUP; a shell script ignores SIGINT of what it starts in the background."""
+    ignored = {getattr(signal, "SIGHUP", None), signal.SIGINT}
+    monkeypatch.setattr(signal, "getsignal", lambda number: number in ignored and signal.SIG_IGN)
+    found = training_runs.stop_signals()
+    assert signal.SIGINT in found and getattr(signal, "SIGHUP", None) not in found
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("seconds, looks", [(0.0, [1, 10, 20]), (1.0, list(range(1, 21)))])
+@pytest.mark.parametrize(
+    "seconds, looks",
+    [
+        ([0.1] * 20, [1, 10, 20]),
+        ([1.0] * 20, list(range(1, 21))),
+        ([1.0] * 3 + [0.1] * 17, [1, 2, 3, 4, 10, 20]),
+        ([0.1] * 9 + [1.0] * 11, [1, 10, 20]),
+    ],
+)
 def test_ranks_look_for_a_stop_at_every_slow_step(
     trainer, seconds, looks, raw_arad, tmp_path, monkeypatch
 ):
@@ -261,7 +313,7 @@ def test_ranks_look_for_a_stop_at_every_slow_step(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     run.looked_at = run.saved_at = 0.0
     for run.step in range(1, 21):
-        clock[0] += seconds
+        clock[0] += seconds[run.step - 1]
         run.asked()
     assert asked == looks
 

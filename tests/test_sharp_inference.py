@@ -462,7 +462,11 @@ def test_preview_writes_pictures_of_the_image_size(tmp_path, checkpoint, capsys)
     }
 
 
-def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint, capfd):
+def refuse_export(*args, **kwargs):
+    raise torch.onnx.OnnxExporterError("refused")
+
+
+def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint, capfd, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--patch_size", 64)
@@ -489,6 +493,11 @@ def test_export_writes_files_that_give_the_same_cube(tmp_path, checkpoint, capfd
     assert {p.name for p in (tmp_path / "art").iterdir()} == set(model_export.FILES)
     with pytest.raises(common.UserError, match="model.safetensors exists; give --overwrite"):
         run("--checkpoint", checkpoint, "--export", tmp_path / "art")
+    monkeypatch.setattr(torch.onnx, "export", refuse_export)
+    with pytest.raises(common.UserError, match="model.onnx is not written, the other files are"):
+        run("--checkpoint", checkpoint, "--export", tmp_path / "art", "--overwrite")
+    assert not (tmp_path / "art/model.onnx").exists()
+    assert "onnxruntime" not in (tmp_path / "art/README.md").read_text()
     with pytest.raises(common.UserError, match="--export .*a.png: a file; give a folder"):
         run("--checkpoint", checkpoint, "--export", tmp_path / "a.png")
 
@@ -617,6 +626,13 @@ def test_a_model_that_knows_its_uncertainty_writes_it_beside_the_cube(
     (tmp_path / "out/a.npy").unlink()
     with pytest.raises(common.UserError, match="a_scale.npy: exists; give --overwrite"):
         write_cube_of(checkpoint, tmp_path / "a.png", tmp_path / "out/a.npy")
+    plain = write_checkpoint(tmp_path / "plain.ckpt")  # which writes no such file
+    write_cube_of(plain, tmp_path / "a.png", tmp_path / "out/a.npy")
+    photo(tmp_path / "a_scale.png")
+    images = (tmp_path / "a.png", tmp_path / "a_scale.png")
+    both = ("--checkpoint", checkpoint, "--input", *images, "--output", tmp_path / "both")
+    with pytest.raises(common.UserError, match="a.png gives a_scale.npy already; rename one"):
+        run(*both)
 
 
 @pytest.mark.parametrize("kind", ["hsifusion", "sharp"])
