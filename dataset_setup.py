@@ -45,10 +45,8 @@ GRID = ("patch_size", "stride", "patch_grid")
 SETTINGS: tuple[str, ...] = (*GRID, "dtype", "scale", "cube_key", "axes", "render_rgb")
 SETTINGS += ("rgb_encoding", "camera", "seed", "val_fraction", "split_seed")
 SETTINGS += ("chosen_bands", "no_data", "white", "dark", "fill", "clip")
-# Flags that --synthetic has no use for.
-OF_SOURCE: tuple[str, ...] = ("val_fraction", "rgb_encoding", "render_rgb", "chosen_bands", "clip")
-OF_SOURCE += ("scale", "white", "dark", "no_data", "fill")
-OF_SOURCE += ("cube_key", "axes", "wavelengths", "split_seed")
+# Flags that --synthetic has no use for; patches and cubes of any kind may be planned with it.
+OF_SOURCE = {*SETTINGS, "wavelengths"}.difference(GRID, ("dtype", "camera", "seed"))
 OLD_SETTINGS = {"rgb_encoding": "linear", "clip": False}
 SPARE_BYTES = 10_000_000  # for index and pictures
 
@@ -522,7 +520,9 @@ def _check_flags(args: argparse.Namespace, parser: CliParser) -> None:
     if args.exposure is not None and args.camera == SRGB:
         what = f"--exposure {args.exposure}: photos of --camera {SRGB} are exposed by themselves"
         raise UserError(f"{what}; leave it out")
-    for name in OF_SOURCE if args.synthetic is not None else ():
+    if args.synthetic is None:
+        return
+    for name in sorted(OF_SOURCE):
         if getattr(args, name) != parser.get_default(name):
             flag = "--" + name.removeprefix("chosen_").replace("_", "-")
             raise UserError(f"{flag}: is for staging; give it with --arad-root, not --synthetic")

@@ -128,14 +128,12 @@ def export_onnx(model: Loaded, file: Path, side: int) -> tuple[list[str], float,
         side = -(-side // SIDE_STEP) * SIDE_STEP
         shapes = [(2, 3, side, side)]
         shapes += [(1, 3, side // 2 + SIDE_STEP, side), (3, 3, 2 * SIDE_STEP, 3 * SIDE_STEP)]
-    example = torch.rand(shapes[0])
-    with torch.no_grad():
-        names = ["cube", "scale"][: len(tree_leaves(model.module(example)))]
+    names = ["cube", "scale"] if model.gives_scale else ["cube"]
     try:
         with torch.no_grad(), silent_packages():
             torch.onnx.export(
                 model.module,
-                (example,),
+                (torch.rand(shapes[0]),),
                 file,
                 input_names=["rgb"],
                 output_names=names,

@@ -39,8 +39,7 @@ def read_photo(path: Path, work: Path) -> Photo:
     refuse_unreadable(path)
     if path.suffix == ".npy":
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        if stored.dtype == ">u2":
-            stored = stored.astype(np.uint16)
+        stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
         known = stored.dtype in (np.uint8, np.uint16) and stored.size > 0
         if not known or stored.ndim != 3 or stored.shape[2] != 3:
             raise UserError(
@@ -70,7 +69,8 @@ def read_photo(path: Path, work: Path) -> Photo:
             rgb = _shallow_pixels(image, foreign, work, remarks)
         if (deep or packed) and foreign is not None:
             remarks.append(f"colour profile {_name_of(foreign)} left as it is, at 16 bits")
-    remarks += _other_images(path)
+    if image.format in ("TIFF", "WEBP"):  # JPEGs of phones hold other things
+        remarks += _other_images(path)
     if rgb.dtype == np.uint16 and 255 < rgb.max() <= TWELVE_BITS:
         remarks.append("taken as 12 bits: no value is above 4095")
         rgb = (rgb.astype(np.uint32) * SIXTEEN_BITS // TWELVE_BITS).astype(np.uint16)
@@ -185,14 +185,13 @@ def _looks_ordinary(image: Image.Image) -> str:
 
 
 def _other_images(path: Path) -> list[str]:
-    """What to say of a file of several images. JPEGs of phones hold other things."""
+    """What to say of a file of several images."""
     with open_image(path) as image:  # anew: a file may be damaged beyond its first image
         try:
             images = getattr(image, "n_frames", 1)
         except (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError):
             return ["the first of several images, the others are damaged"]
-    several = images > 1 and image.format in ("TIFF", "WEBP")
-    return [f"the first of {images} images"] if several else []
+    return [f"the first of {images} images"] if images > 1 else []
 
 
 def _remarks(image: ImageFile.ImageFile) -> list[str]:

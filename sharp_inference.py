@@ -175,8 +175,7 @@ def predict_image(model: Loaded, rgb: np.ndarray) -> tuple[np.ndarray, list[floa
     (`model.encoding`), or a PIL image of it, whose EXIF and colour profile are not looked at.
     ValueError for anything else. What a model says of its uncertainty is left out."""
     rgb = np.asarray(rgb)
-    if rgb.dtype == ">u2":
-        rgb = rgb.astype(np.uint16)
+    rgb = rgb.astype(rgb.dtype.newbyteorder("="), copy=False)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size or rgb.dtype not in (np.uint8, np.uint16):
         advice = "; round 65535 times what is from 0 to 1" if rgb.dtype.kind == "f" else ""
         raise ValueError(
@@ -232,17 +231,19 @@ def files_of(model: Loaded, target: Path) -> list[Path]:
     return [target, scale] if model.gives_scale else [target]
 
 
-def check_absent(target: Path, kind: str) -> None:
-    for file in (target, target.with_suffix(".img")) if kind == "envi" else (target,):
+def check_absent(targets: list[Path], kind: str) -> None:
+    """UserError where one of these files, or the data of an ENVI header, is there."""
+    data = [target.with_suffix(".img") for target in targets] if kind == "envi" else []
+    for file in (*targets, *data):
         if file.exists():
             raise UserError(f"{file}: exists; give --overwrite to replace it")
 
 
 def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settings) -> str:
     """One image to one cube file, and the line that says what was done."""
+    files = files_of(model, target)
     if not args.overwrite:
-        for file in files_of(model, target):
-            check_absent(file, kind)
+        check_absent(files, kind)
     start = time.perf_counter()
     page: list[str] = []
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -268,9 +269,9 @@ def reconstruct(model: Loaded, path: Path, target: Path, kind: str, args: Settin
         values, patch = predicted()
         cube = values[: model.bands]
         write_cube(target, cube, model.wavelengths, kind, move=not model.gives_scale)
-        for scale in files_of(model, target)[1:]:
-            write_cube(scale, values[model.bands :], model.wavelengths, kind)
-            remarks.append(f"its uncertainty, a Laplace scale: {scale}")
+        if model.gives_scale:
+            write_cube(files[1], values[model.bands :], model.wavelengths, kind)
+            remarks.append(f"its uncertainty, a Laplace scale: {files[1]}")
         if args.preview:
             page = [f"look at {write_pictures(target, rgb, cube, model, args)}"]
         if args.check_rgb:

@@ -87,8 +87,8 @@ class RunFolder:
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
                     os.replace(bad, kept)
             return path, state
-        for reason in damaged.values():
-            raise reason
+        if damaged:
+            raise next(iter(damaged.values()))
         if (self.logs / "summary.json").exists():
             raise UserError(
                 f"{self.logs} holds a run that ended, {self.checkpoints} no checkpoint of it; set "

@@ -298,7 +298,7 @@ class RunState:
         )
         if m["mrae"] < self.best:
             self.best, self.best_metrics = m["mrae"], m
-            self.save("best.ckpt")
+            self.save(runs.BEST)
             self.save_best_weights()
         return True
 
@@ -384,12 +384,12 @@ class RunState:
         if not done and self.epoch < self.cfg.epochs:
             if self.saved != (self.epoch, self.iteration):
                 self.save(runs.LAST)
-            last = self.folder.checkpoints / "last.ckpt"
+            last = self.folder.checkpoints / runs.LAST
             self.say(f"stopped by a signal: saved {last}; go on with --resume_from auto")
             return runs.STOPPED
         if self.ranks.is_main:
             self.write_summary(seconds)
-        best = f"best crop MRAE {self.best:.4f} in {self.folder.checkpoints / 'best.ckpt'}"
+        best = f"best crop MRAE {self.best:.4f} in {self.folder.checkpoints / runs.BEST}"
         self.say(f"done: {best if math.isfinite(self.best) else 'no validation gave a number'}")
         return 0
 

@@ -106,8 +106,7 @@ def _check_training(text: str, name: str, value: object) -> None:
     kinds = (int, float) if isinstance(TRAINING[name], float) else str
     if not isinstance(value, kinds):
         raise UserError(f"--entrants {text}: {name} cannot be {value!r}")
-    missing = name in ("init", "mix") and not Path(str(value)).exists()
-    if missing:
+    if name in ("init", "mix") and not Path(str(value)).exists():
         raise UserError(f"--entrants {text}: {value}: no such file or folder")
 
 
